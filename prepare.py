@@ -1,0 +1,454 @@
+"""Turn text into token files: find it, split it, tokenize it. The tokenizers live here too.
+
+    python prepare.py                                        # stdlib: Python's own source, bytes
+    python prepare.py --dataset=shakespeare_char             # downloads 1 MB, characters
+    python prepare.py --input=my_texts/ --dataset=mine --tokenizer=gpt2
+    python prepare.py --input=pages.jsonl.gz --dataset=pages --text_column=content
+
+Writes data/<dataset>/: {train,val}_000000.bin and so on (tokens.py has the format), tokenizer.json
+and meta.json. Text is read twice, first to count it, and never held in memory whole.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from configurator import run
+from tokens import ShardWriter, dataset_folder, load_json, load_meta, write_aside
+
+EOT = "<|endoftext|>"
+SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+                   "tinyshakespeare/input.txt")
+BUILT_IN = {"stdlib": "bytes", "shakespeare_char": "chars", "shakespeare": "gpt2"}
+LATER = ("fineweb", "fineweb_edu", "openwebtext")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+PIECE = 1 << 20  # characters that are read and tokenized at a time
+
+
+def main(
+    dataset="stdlib",  # what to prepare: stdlib, shakespeare_char, shakespeare, or --input's name
+    input="",  # your own text: a file, a folder or a 'glob' of .txt .md .py .jsonl[.gz] .parquet
+    tokenizer="",  # bytes, chars or gpt2 ('': the dataset's usual one; bytes for your own text)
+    text_column="text",  # the field of .jsonl and .parquet files that holds the text
+    val_fraction=0.1,  # share of the text that is held out for validation
+    shard_tokens=100_000_000,  # tokens per file, at most
+    overwrite=False,  # replace a dataset that was prepared with other settings
+):
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens={shard_tokens}: must be 1 or more")
+    folder = dataset_folder(dataset)
+    paths = find_files(dataset, input, folder)
+    kind = tokenizer or BUILT_IN.get(dataset, "bytes")
+    source = {"tokenizer": kind, "text_column": text_column, "val_fraction": val_fraction,
+              "shard_tokens": shard_tokens, "files": fingerprint(paths)}
+    if (folder / "meta.json").is_file() and not overwrite:
+        if load_json(folder / "meta.json").get("source") == source:
+            print(f"{folder}: already prepared, nothing to do")
+            return
+        raise ValueError(f"{folder} was prepared from other text or with other settings; replace "
+                         "it with --overwrite=True, or choose another --dataset=NAME")
+
+    facts = survey(read_pieces(paths, text_column), val_fraction, kind)
+    if facts["characters"] < 2:
+        raise ValueError(f"{input or dataset}: there is no text in its {len(paths)} file(s)")
+    tokenizer = make_tokenizer(kind, facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "UNFINISHED"  # while it is there, the folder is not a dataset
+    unfinished.touch()
+    for old in [folder / "meta.json", *folder.glob("*.bin"), *folder.glob("*.tmp")]:
+        old.unlink(missing_ok=True)
+    splits = write_splits(folder, paths, text_column, tokenizer, facts, val_fraction, shard_tokens)
+    tokenizer.save(folder)
+    meta = {"dataset": folder.name, "tokenizer": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size, "splits": splits, "source": source}
+    write_aside(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    unfinished.unlink()
+    for split, info in splits.items():
+        print(f"{split}: {info['tokens']:,} tokens of {info['bytes'] / info['tokens']:.2f} bytes, "
+              f"{info['documents']:,} documents, {len(info['shards'])} file(s)")
+    print(f"{folder}: done; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}")
+
+
+# ---------------------------------------------------------------------- the text
+
+
+def find_files(dataset, pattern, folder):
+    """Return the files to read, in a stable order."""
+    if not pattern:
+        if dataset == "stdlib":
+            return stdlib_files()
+        if dataset in BUILT_IN:
+            return [download(SHAKESPEARE_URL, folder / "input.txt")]
+        if dataset in LATER:
+            raise ValueError(f"{dataset}: not prepared by this version; put ready-made GPT-2 token "
+                             f"shards (*train_*.bin, *val_*.bin) into {folder}, or give "
+                             "its text with --input=FILES")
+        raise ValueError(f"dataset={dataset!r}: not one of {', '.join(BUILT_IN)}; "
+                         "for your own text add --input=PATH")
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        paths = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+    elif path.is_file():
+        paths = [path]
+    else:
+        paths = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        paths = [p for p in paths if p.is_file()]
+    if not paths:
+        raise ValueError(f"input={pattern!r}: no files there; give a file, a glob in quotes, or a "
+                         f"folder with {' '.join(SUFFIXES)}")
+    return paths
+
+
+def stdlib_files():
+    """Return the standard library's .py files, sorted, without tests and installed packages."""
+    import sysconfig
+
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    return sorted((p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)),
+                  key=lambda p: p.relative_to(root).as_posix())
+
+
+def download(url, path):
+    """Fetch a URL into `path`, once. Raises ValueError with what to do instead when offline."""
+    import urllib.request
+
+    if not path.is_file():
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                text = response.read()
+        except OSError as error:
+            raise ValueError(f"cannot download {url} ({error}); fetch it elsewhere and add "
+                             "--input=FILE") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, text.decode("utf-8"))
+    return path
+
+
+def fingerprint(paths):
+    """Return a hash of the files' names, sizes and times: has the corpus changed?"""
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def read_pieces(paths, text_column):
+    """Yield (starts_document, text): documents in pieces of about PIECE characters at most.
+
+    A text file is one document; each line of a .jsonl, each row of a .parquet file is one.
+    """
+    for path in paths:
+        try:
+            if path.name.endswith((".jsonl", ".jsonl.gz")):
+                documents = read_jsonl(path, text_column)
+            elif path.name.endswith(".parquet"):
+                documents = read_parquet(path, text_column)
+            else:
+                documents = [read_text(path)]
+            for pieces in documents:
+                start = True
+                for text in pieces:
+                    if text:
+                        yield start, text
+                        start = False
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}: "
+                             f"{error.reason}); convert it, or leave it out") from error
+
+
+def read_text(path):
+    """Yield a text file in pieces that end where no token can span the cut."""
+    rest = ""
+    with open(path, encoding="utf-8", newline="") as file:
+        while text := file.read(PIECE):
+            if "\0" in text:
+                raise ValueError(f"{path}: has zero bytes, so it is not text; leave it out")
+            *ready, rest = cut(rest + text)
+            yield from ready
+    yield rest
+
+
+def cut(text):
+    """Split text that is longer than PIECE before a space that follows a letter or the like.
+
+    GPT-2's and GPT-4's patterns never join such a space to what is before it, so the pieces have
+    the tokens of the whole. Text without such a space is cut at PIECE characters.
+    """
+    pieces = []
+    while len(text) > PIECE:
+        at = text.rfind(" ", 1, PIECE)
+        while at > 0 and text[at - 1].isspace():
+            at = text.rfind(" ", 1, at)
+        at = at if at > 0 else PIECE
+        pieces.append(text[:at])
+        text = text[at:]
+    return [*pieces, text]
+
+
+def read_jsonl(path, column):
+    """Yield each line's document, in pieces."""
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                    has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                    raise ValueError(f"{path}, line {number}: no text in field {column!r} (it has: "
+                                     f"{has}); name the field with --text_column=")
+                yield cut(row[column].encode("utf-8", "replace").decode())  # lone surrogates: ?
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: damaged gzip file ({error})") from error
+
+
+def read_parquet(path, column):
+    """Yield each row's document, in pieces."""
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    try:
+        file = pq.ParquetFile(path)
+    except ArrowException as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+    if column not in file.schema_arrow.names:
+        raise ValueError(f"{path}: no column {column!r} (it has: "
+                         f"{', '.join(file.schema_arrow.names)}); name it with --text_column=")
+    for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        for text in batch.column(0).to_pylist():
+            yield cut(text or "")
+
+
+def survey(pieces, val_fraction, kind):
+    """Read the corpus once: {documents, characters, bytes, alphabet (for chars), by_document}.
+
+    by_document: whether the validation split can be made of whole documents. It can where
+    `held_out` puts between half and twice val_fraction of the text aside; a single text or a
+    handful of documents is split by position.
+    """
+    facts = {"documents": 0, "characters": 0, "bytes": 0}
+    alphabet, held, in_val, show = set(), 0, False, progress("reading")
+    for starts, text in pieces:
+        facts["documents"] += starts
+        facts["characters"] += len(text)
+        facts["bytes"] += len(text.encode())
+        if kind == "chars":
+            alphabet.update(text)
+        in_val = held_out(text, val_fraction) if starts else in_val
+        held += in_val * len(text)
+        show(facts["bytes"])
+    share = held / max(1, facts["characters"])
+    fits = 0.5 * val_fraction < share < min(1, 2 * val_fraction)
+    return {**facts, "alphabet": "".join(sorted(alphabet)), "by_document": fits}
+
+
+def held_out(text, val_fraction):
+    """Is the document that begins with `text` for validation? A pure function of its words, so
+    that exact copies stay on one side and new documents move none of the old."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < val_fraction * 2**64
+
+
+def assign(pieces, facts, val_fraction):
+    """Yield (split, starts_document, text): by document, or all before a position for training.
+
+    A single text is no document among others: nothing in it starts one.
+    """
+    position, end_of_train, split = 0, int(facts["characters"] * (1 - val_fraction)), "train"
+    for starts, text in pieces:
+        starts = starts and facts["documents"] > 1
+        if facts["by_document"]:
+            if starts:
+                split = "val" if held_out(text, val_fraction) else "train"
+            yield split, starts, text
+            continue
+        before = max(0, end_of_train - position)
+        position += len(text)
+        if text[:before]:
+            yield "train", starts, text[:before]
+        if text[before:]:
+            yield "val", starts and not before, text[before:]
+
+
+# ---------------------------------------------------------------------- tokenizers
+
+
+def make_tokenizer(kind, facts):
+    """Return a Tokenizer: bytes, chars (of the surveyed alphabet) or gpt2."""
+    if kind == "bytes":
+        return Tokenizer({"kind": "bytes"})
+    if kind == "chars":
+        return Tokenizer({"kind": "chars", "alphabet": facts["alphabet"],
+                          "documents": facts["documents"] > 1})
+    if kind == "gpt2":
+        return Tokenizer(gpt2_spec())
+    raise ValueError(f"tokenizer={kind!r}: choose bytes, chars or gpt2")
+
+
+def gpt2_spec():
+    """Return GPT-2's byte-pair encoding as a Tokenizer's spec; tiktoken fetches and caches it."""
+    from tiktoken_ext.openai_public import gpt2
+
+    try:
+        parts = gpt2()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"GPT-2's tokenizer cannot be downloaded ({type(error).__name__}); go online once, set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from error
+    ranks = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].get)
+    return {"kind": "gpt2", "pattern": parts["pat_str"],
+            "tokens": [base64.b64encode(token).decode() for token in ranks],
+            "special_tokens": parts["special_tokens"]}
+
+
+class Tokenizer:
+    """Text to ids and back. `spec` is all of it, and is what tokenizer.json holds.
+
+    vocab_size: ids are below it. eot: the id that begins a document, or None where a corpus of
+    one text with a `chars` tokenizer has none.
+    """
+
+    def __init__(self, spec):
+        self.spec, self.kind = spec, spec["kind"]
+        if self.kind == "bytes":
+            self.vocab_size, self.eot = 257, 256
+        elif self.kind == "chars":
+            size = len(spec["alphabet"])
+            self.eot = size if spec["documents"] else None
+            self.vocab_size = size + spec["documents"]
+            points = np.array([ord(c) for c in spec["alphabet"]])
+            self.table = np.full(points.max(initial=0) + 2, -1)  # code point to id; the last: none
+            self.table[points] = np.arange(size)
+        elif self.kind in ("gpt2", "bpe"):
+            import tiktoken
+
+            ranks = {base64.b64decode(token): i for i, token in enumerate(spec["tokens"])}
+            self.bpe = tiktoken.Encoding(self.kind, pat_str=spec["pattern"], mergeable_ranks=ranks,
+                                         special_tokens=spec["special_tokens"])
+            self.vocab_size, self.eot = self.bpe.n_vocab, spec["special_tokens"][EOT]
+        else:
+            raise ValueError(f"unknown tokenizer {self.kind!r}; this version knows bytes, chars, "
+                             "gpt2 and bpe")
+
+    def encode(self, text):
+        """Return the ids of a text, an array; <|endoftext|> in it is ordinary text. Raises
+        ValueError naming the characters that a `chars` vocabulary lacks."""
+        if self.kind == "bytes":
+            return np.frombuffer(text.encode(), np.uint8)
+        if self.kind == "chars":
+            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            ids = self.table[np.minimum(points, len(self.table) - 1)]
+            if (ids < 0).any():
+                lacking = "".join(sorted({text[i] for i in np.flatnonzero(ids < 0)}))
+                raise ValueError(f"the vocabulary of {self.vocab_size} characters lacks "
+                                 f"{lacking!r}; leave them out, or train with --tokenizer=bytes")
+            return ids
+        return np.array(self.bpe.encode_ordinary(text), np.uint32)
+
+    def encode_batch(self, texts):
+        """Return `encode` of each text; byte-pair encoding uses all cores."""
+        if self.kind not in ("gpt2", "bpe"):
+            return [self.encode(text) for text in texts]
+        threads = os.cpu_count() or 1
+        return [np.array(ids, np.uint32)
+                for ids in self.bpe.encode_ordinary_batch(texts, num_threads=threads)]
+
+    def encode_prompt(self, text):
+        """Return the ids of a prompt, a list, in which <|endoftext|> stands for its token."""
+        first, *others = text.split(EOT) if self.eot is not None else [text]
+        ids = self.encode(first).tolist()
+        for part in others:
+            ids += [self.eot, *self.encode(part).tolist()]
+        return ids
+
+    def decode_bytes(self, ids):
+        """Return the bytes of ids; those of <|endoftext|> as such."""
+        if self.kind == "bytes":
+            return b"".join(EOT.encode() if i == self.eot else bytes([i]) for i in ids)
+        if self.kind == "chars":
+            return "".join(EOT if i == self.eot else self.spec["alphabet"][i]
+                           for i in ids).encode()
+        return self.bpe.decode_bytes(list(ids))
+
+    def decode(self, ids):
+        """Return the text of ids; bytes that are not UTF-8 become the replacement character."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def save(self, folder):
+        write_aside(Path(folder) / "tokenizer.json", json.dumps(self.spec) + "\n")
+
+    @classmethod
+    def load(cls, folder):
+        """Return the Tokenizer that `save` wrote into a dataset's or a checkpoint's folder."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            return cls(load_json(path))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a tokenizer ({error} is missing)") from error
+
+
+# ---------------------------------------------------------------------- token files
+
+
+def write_splits(folder, paths, text_column, tokenizer, facts, val_fraction, shard_tokens):
+    """Tokenize the corpus into both splits' files; return what meta.json says of them."""
+    show, done, queue = progress("tokenizing", facts["bytes"]), 0, []
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(
+            ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens))
+            for split in ("train", "val")}
+
+        def flush():
+            texts = [text for _, _, text in queue]
+            for (split, starts, text), ids in zip(queue, tokenizer.encode_batch(texts),
+                                                  strict=True):
+                writers[split].add(ids, len(text.encode()), tokenizer.eot if starts else None)
+            queue.clear()
+
+        waiting = 0
+        for item in assign(read_pieces(paths, text_column), facts, val_fraction):
+            queue.append(item)
+            waiting += len(item[2])
+            if waiting > 4 * PIECE:
+                flush()
+                done, waiting = done + waiting, 0
+                show(done)
+        flush()
+        return {split: writer.finish() for split, writer in writers.items()}
+
+
+def progress(what, total=0):
+    """Return a function of the bytes done that shows them at most once a second on a terminal."""
+    began = last = time.monotonic()
+
+    def show(done):
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 1 and sys.stderr.isatty():
+            last, rate = now, done / (now - began)
+            left = f", {max(0, total - done) / rate:.0f} s left" if total else ""
+            print(f"\r{what}: {done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}   ", end="\r",
+                  file=sys.stderr, flush=True)
+
+    return show
+
+
+def load_tokenizer(dataset):
+    """Return a dataset's Tokenizer; GPT-2's for ready-made token files, as in nanoGPT."""
+    return Tokenizer.load(dataset_folder(dataset)) if load_meta(dataset) else Tokenizer(gpt2_spec())
+
+
+if __name__ == "__main__":
+    run(main)

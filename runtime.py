@@ -1,0 +1,192 @@
+"""Where a run happens: device, number format, compilation, random numbers, processes.
+
+Everything that depends on the hardware or on torchrun's environment is decided here, once, and
+said in one line. Needs torch alone.
+"""
+
+import hashlib
+import os
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bfloat16/float16 peak, FLOP/s, by a word of the device's name; the first match counts.
+# From the makers' data sheets, without sparsity.
+PEAK_FLOPS = (
+    ("B200", 2250e12), ("B100", 1750e12), ("H200", 989e12), ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12), ("H100", 989e12), ("GH200", 989e12), ("A100", 312e12),
+    ("A800", 312e12), ("A40", 150e12), ("A30", 165e12), ("A10G", 70e12), ("A10", 125e12),
+    ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 5090", 210e12),
+    ("RTX 4090", 165e12), ("RTX 4080", 97e12), ("RTX 3090", 71e12), ("RTX 3080", 60e12),
+    ("V100", 125e12), ("T4", 65e12), ("MI300X", 1307e12), ("MI250X", 383e12),
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place: its device, its number format, its rank among world_size processes."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Matrix products in self.dtype, the rest as torch.autocast says; off for float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def say(self, *text, **kwargs):
+        """Print, on the main process only."""
+        if self.is_main:
+            print(*text, flush=True, **kwargs)
+
+    def synchronize(self):
+        """Wait until the device has done what it was given."""
+        if self.device.type in ("cuda", "mps", "xpu"):
+            getattr(torch, self.device.type).synchronize()
+
+    def sum(self, tensor):
+        """Sum a tensor over all processes, in place; return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)  # SUM: gloo has no average
+        return tensor
+
+    def wrap(self, model):
+        """Return the model for training: DistributedDataParallel where there are processes."""
+        if self.world_size == 1:
+            return model
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def close(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def setup(device="auto", dtype="auto", backend="auto"):
+    """Return the Runtime of this process; join the others that torchrun started.
+
+    Raises ValueError for a device, dtype or backend that is unknown or not to be had here.
+    """
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(device, local_rank if "RANK" in os.environ else None)
+    dtype = pick_dtype(dtype, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before any other use, or each rank fills GPU 0
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    if world_size > 1:
+        if backend == "auto":
+            backend = "nccl" if device.type == "cuda" else "gloo"
+        if backend == "nccl" and device.type != "cuda":
+            raise ValueError(f"backend='nccl' needs CUDA, the device is {device.type}; "
+                             "use --backend=gloo or auto")
+        if backend not in ("nccl", "gloo"):
+            raise ValueError(f"backend={backend!r}: choose auto, nccl or gloo")
+        dist.init_process_group(backend)
+    return Runtime(device, dtype, rank, local_rank, world_size)
+
+
+def pick_device(name, local_rank=None):
+    """Return the torch.device: for 'auto' cuda, then mps, then cpu; with torchrun the local GPU."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r}: choose auto, cpu, cuda, cuda:0, mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = device.index or 0 if local_rank is None else local_rank
+        if index >= count:
+            raise ValueError(f"device='cuda:{index}', but torch sees {count} CUDA devices here; "
+                             "use --device=auto, or as many processes as there are GPUs")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not has_mps or device.type == "meta":
+        raise ValueError(f"device={name!r} is not to be had here; use --device=auto")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError):
+        raise ValueError(f"device={name!r} is not to be had here; use --device=auto") from None
+    return device
+
+
+def pick_dtype(name, device):
+    """Return the torch.dtype of matrix products: for 'auto' bfloat16 where the hardware multiplies
+    it natively (CUDA from compute capability 8.0, CPUs with AMX or AVX512-BF16), else float32."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                               or torch.cpu._is_amx_tile_supported())
+        return torch.bfloat16 if native else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: choose auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def compile_model(model, choice, runtime):
+    """Return torch.compile(model) where `choice` and the machine allow it, else the model.
+
+    choice: 'auto' (on CUDA, unless a probe fails), 'True' (raises ValueError where it fails) or
+    'False'. On CPU and MPS 'auto' is off: compiling takes longer than short runs save.
+    """
+    choice = choice.lower()
+    if choice not in ("auto", "true", "1", "false", "0"):
+        raise ValueError(f"compile={choice!r}: choose auto, True or False")
+    if choice in ("false", "0") or choice == "auto" and runtime.device.type != "cuda":
+        return model
+    try:
+        probe = torch.compile(lambda x: (x * x).sin() + 1)
+        probe(torch.ones(8, device=runtime.device))
+    except Exception as error:
+        cause = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+        cause = f"{type(error).__name__}: {cause.strip()[:120]}"
+        if choice != "auto":
+            raise ValueError(f"compile=True does not work here ({cause}); "
+                             "use --compile=False") from error
+        runtime.say(f"compile: off, a probe failed ({cause})")
+        return model
+    return torch.compile(model)
+
+
+def peak_flops(runtime):
+    """Return the device's dense peak in FLOP/s for its number format, or None: not known."""
+    if runtime.device.type != "cuda" or runtime.dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(runtime.device)
+    return next((peak for part, peak in PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
+
+
+def describe(runtime):
+    """Return one line: device, number format, processes."""
+    name = (torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda"
+            else f"{torch.get_num_threads()} threads" if runtime.device.type == "cpu" else "")
+    return (f"device {runtime.device}{f' ({name})' if name else ''}, "
+            f"dtype {str(runtime.dtype).removeprefix('torch.')}, "
+            f"{runtime.world_size} process{'es' * (runtime.world_size > 1)}")
+
+
+def seed_for(*purpose):
+    """Return a 63-bit seed that is a pure function of its arguments, such as (seed, 'dropout', 7).
+
+    The random numbers of an iteration then need no saved state: a resumed run draws the same.
+    """
+    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,476 @@
+"""Train a GPT on token files that prepare.py wrote.
+
+    python train.py                                          # config/train_stdlib.py, 3 minutes
+    python train.py config/train_shakespeare_char.py --max_iters=500
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    python train.py --init_from=resume --out_dir=out/stdlib  # go on, with that run's own settings
+
+Writes out/<run>/: metrics.jsonl, loss.png, checkpoints iter_000250/, and `latest` and `best`, which
+name one of them. A run is the same on one process or eight, in one go or resumed.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import run
+from model import GPT, IGNORE, GPTConfig, find_checkpoint, load_model, save_weights
+from optim import adamw, lr_at
+from prepare import Tokenizer, load_tokenizer
+from runtime import compile_model, describe, peak_flops, seed_for, setup
+from tokens import TokenReader, load_json, sequence_starts, write_aside
+
+MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
+NOT_RESUMED = ("out_dir", "init_from", "eval_only")  # settings that a resumed run gives anew
+
+
+def main(
+    # run
+    out_dir="",  # where the run goes ('': out/<dataset>)
+    init_from="scratch",  # scratch, resume, a checkpoint's folder, gpt2, gpt2-medium, -large, -xl
+    max_iters=600000,  # iterations (optimizer updates) in all
+    eval_interval=2000,  # iterations between evaluations, each with a checkpoint
+    eval_iters=200,  # an evaluation reads eval_iters * batch_size sequences, the same each time
+    eval_only=False,  # evaluate once and stop, writing nothing
+    log_interval=1,  # iterations between log lines
+    always_save_checkpoint=True,  # save also where the validation loss is not the best so far
+    keep_checkpoints=2,  # the newest that are kept, beside the best
+    seed=1337,  # of the first weights, the data order and dropout, each on its own
+    # weights and biases
+    wandb_log=False,  # log there too
+    wandb_project="owt",  # its project
+    wandb_run_name="",  # its name for the run ('': the run's folder)
+    # data
+    dataset="openwebtext",  # data/<dataset>, made by prepare.py; or a folder's path
+    total_batch_size=0,  # tokens per iteration over all devices; 0: as the next keys give it
+    gradient_accumulation_steps=40,  # micro-steps per iteration over all devices, where that is 0
+    batch_size=12,  # sequences per micro-step and device
+    block_size=1024,  # tokens per sequence
+    # model
+    n_layer=12,  # blocks
+    n_head=12,  # attention heads
+    n_embd=768,  # width
+    dropout=0.0,  # 0 is good for pretraining, 0.1 and more for finetuning
+    bias=False,  # biases in Linear and LayerNorm; GPT-2 has them
+    # optimizer
+    learning_rate=6e-4,  # at the peak
+    weight_decay=1e-1,  # of matrices and embeddings
+    beta1=0.9,  # AdamW
+    beta2=0.95,  # AdamW
+    grad_clip=1.0,  # the gradient's largest norm; 0: any
+    decay_lr=True,  # cosine schedule; False: the peak throughout
+    warmup_iters=2000,  # iterations of linear warm-up
+    lr_decay_iters=600000,  # where the cosine ends; usually max_iters
+    min_lr=6e-5,  # and what it ends at; usually learning_rate / 10
+    # system
+    backend="auto",  # between processes: nccl on CUDA, else gloo
+    device="auto",  # cuda, mps, cpu, cuda:1
+    dtype="auto",  # of matrix products: bfloat16 where native, else float32; float16
+    compile="auto",  # torch.compile: True, False; auto: on CUDA, where it works
+):
+    config = dict(locals())
+    check(config)
+    runtime = setup(device, dtype, backend)
+    micro_steps = split_batch(config, runtime.world_size)
+    tokens_per_iter = micro_steps * runtime.world_size * batch_size * block_size
+    train_data, val_data = TokenReader(dataset, "train"), TokenReader(dataset, "val")
+    check_length(train_data, val_data, block_size)
+    run_dir = run_folder(config)
+    model, tokenizer, before = make_model(config)
+    model.to(runtime.device)
+    optimizer = adamw(model, learning_rate, weight_decay, (beta1, beta2))
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    if init_from == "resume":
+        load_trainer(find_checkpoint(run_dir), optimizer, scaler)
+    wrapped = compile_model(runtime.wrap(model), compile, runtime)
+    record = nullcontext if eval_only else open_run(run_dir, config, before, runtime)
+    runtime.say(f"{describe(runtime)}\nmodel: {model.parameter_count():,} parameters, vocabulary "
+                f"{model.config.vocab_size:,}; {dataset}: {train_data.tokens:,} tokens, "
+                f"{tokens_per_iter:,} per iteration; run: {run_dir}")
+
+    iter_num, best_val_loss = before.get("iter_num", 0), before.get("best_val_loss", math.inf)
+    first_iter, batches = iter_num, None
+    clock = began = time.perf_counter()
+    since_clock = 0  # iterations since it was set
+    while True:
+        due = iter_num % eval_interval == 0 or iter_num == max_iters
+        if eval_only or due and iter_num != before.get("iter_num"):
+            val_loss = evaluate(wrapped, val_data, eval_iters * batch_size, batch_size, runtime)
+            row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter, "val_loss": val_loss,
+                   **bits_per_byte(val_loss, val_data)}
+            record(row)
+            runtime.say(f"step {iter_num}: " + ", ".join(
+                f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val")))
+            is_best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+            save = iter_num and (is_best or always_save_checkpoint or iter_num == max_iters)
+            if runtime.is_main and not eval_only:
+                if save:
+                    save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, {
+                        **row, "iter_num": iter_num, "best_val_loss": best_val_loss,
+                        "config": config, "shards": train_data.shards}, is_best, keep_checkpoints)
+                draw_loss(run_dir)
+            clock, since_clock = time.perf_counter(), 0
+        if eval_only or iter_num >= max_iters:
+            break
+
+        lr = lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr \
+            else learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(seed_for(seed, "dropout", iter_num, runtime.rank))
+        batches = batches or load_batches(train_data, iter_num, micro_steps, config, model, runtime)
+        loss, grad_norm = train_step(wrapped, optimizer, scaler, batches, grad_clip, runtime)
+        # on a GPU the step is still under way while the next tokens are read
+        batches = load_batches(train_data, iter_num + 1, micro_steps, config, model, runtime)
+        since_clock += 1
+        if iter_num % log_interval == 0:
+            loss, grad_norm = runtime.sum(loss).item(), grad_norm.item()  # waits for the device
+            now = time.perf_counter()
+            seconds, clock, since_clock = (now - clock) / since_clock, now, 0
+            row = {"iter": iter_num, "tokens": (iter_num + 1) * tokens_per_iter, "loss": loss,
+                   "grad_norm": grad_norm, "lr": lr, "ms": 1000 * seconds,
+                   "tokens_per_s": tokens_per_iter / seconds,
+                   **mfu(model, tokens_per_iter / seconds, runtime)}
+            record(row)
+            left = (now - began) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1)
+            runtime.say(log_line(row, max_iters, left))
+        iter_num += 1
+    runtime.close()
+
+
+# ---------------------------------------------------------------------- before the first iteration
+
+
+def check(config):
+    """Raise ValueError for a number that no run can have."""
+    for key in ("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "batch_size",
+                "block_size", "gradient_accumulation_steps"):
+        if config[key] < 1:
+            raise ValueError(f"{key}={config[key]}: must be 1 or more")
+    for key in ("max_iters", "total_batch_size", "learning_rate", "min_lr", "weight_decay",
+                "grad_clip", "warmup_iters"):
+        if config[key] < 0:
+            raise ValueError(f"{key}={config[key]}: must be 0 or more")
+    for key in ("beta1", "beta2"):
+        if not 0 <= config[key] < 1:
+            raise ValueError(f"{key}={config[key]}: must be at least 0 and below 1")
+
+
+def split_batch(config, world_size):
+    """Return the micro-steps of one iteration on each device.
+
+    total_batch_size gives the tokens of an iteration; where it is 0, gradient_accumulation_steps
+    gives its micro-steps over all devices. Raises ValueError with the nearest that divides.
+    """
+    unit = config["batch_size"] * config["block_size"] * world_size
+    total, steps = config["total_batch_size"], config["gradient_accumulation_steps"]
+    if total and total % unit:
+        near = max(1, round(total / unit)) * unit
+        raise ValueError(
+            f"total_batch_size={total:,} is not a multiple of batch_size * block_size * processes "
+            f"= {config['batch_size']} * {config['block_size']} * {world_size} = {unit:,}; "
+            f"the nearest is {near}")
+    if not total and steps % world_size:
+        near = max(1, round(steps / world_size)) * world_size
+        raise ValueError(f"gradient_accumulation_steps={steps} is shared out over {world_size} "
+                         f"processes and must be a multiple of them; the nearest is {near}")
+    return total // unit if total else steps // world_size
+
+
+def check_length(train_data, val_data, block_size):
+    for data, split in ((train_data, "training"), (val_data, "validation")):
+        if data.tokens <= block_size:
+            raise ValueError(f"block_size={block_size} needs {block_size + 1:,} tokens, the "
+                             f"{split} split of {data.folder} has {data.tokens:,}; use a smaller "
+                             "--block_size or prepare more text")
+
+
+def run_folder(config):
+    return Path(config["out_dir"] or Path("out", Path(config["dataset"]).name))
+
+
+def checkpoint_defaults(settings):
+    """Return the settings that init_from brings: below the command line, above the defaults.
+
+    A resumed run has its own settings, a checkpoint or GPT-2 its sizes.
+    """
+    init_from = settings["init_from"]
+    if init_from == "resume":
+        meta = load_json(find_checkpoint(run_folder(settings)) / "meta.json")
+        return {k: v for k, v in meta["config"].items() if k in settings and k not in NOT_RESUMED}
+    if init_from.startswith("gpt2"):
+        from hf import gpt2_sizes
+
+        return gpt2_sizes(init_from)
+    if init_from != "scratch":
+        sizes = load_json(find_checkpoint(init_from, "best") / "meta.json")["model"]
+        return {k: v for k, v in sizes.items() if k in MODEL_KEYS and k != "dropout"}
+    return {}
+
+
+def make_model(config):
+    """Return (model on the CPU, its tokenizer, meta.json of the checkpoint that is resumed or {}).
+
+    Raises ValueError where the checkpoint has another size or another vocabulary than the run.
+    """
+    tokenizer, before = load_tokenizer(config["dataset"]), {}
+    init_from, sizes = config["init_from"], {key: config[key] for key in MODEL_KEYS}
+    if init_from == "scratch":
+        with torch.device("meta"):  # torch's own first weights are not computed, ours replace them
+            model = GPT(GPTConfig(vocab_size=padded(tokenizer.vocab_size), **sizes))
+        model.to_empty(device="cpu")
+        model.init_weights(torch.Generator().manual_seed(seed_for(config["seed"], "init")))
+        return model, tokenizer, before
+    if init_from.startswith("gpt2"):
+        from hf import load_gpt2
+
+        model, its_tokenizer, place = *load_gpt2(init_from, config["dropout"]), init_from
+    else:
+        place = find_checkpoint(*((run_folder(config),) if init_from == "resume"
+                                  else (init_from, "best")))
+        model, its_tokenizer = load_model(place, config["dropout"]), Tokenizer.load(place)
+        before = load_json(place / "meta.json") if init_from == "resume" else {}
+    if its_tokenizer.spec != tokenizer.spec:
+        raise ValueError(
+            f"{place} was trained with the tokenizer {its_tokenizer.kind} "
+            f"({its_tokenizer.vocab_size:,} tokens), {config['dataset']} is prepared with another, "
+            f"{tokenizer.kind} ({tokenizer.vocab_size:,}); prepare it with the same one")
+    for key, value in sizes.items():
+        has = getattr(model.config, key)
+        crop = key == "block_size" and value < has and init_from != "resume"
+        if value != has and key != "dropout" and not crop:
+            raise ValueError(f"{key}={value}, but {place} has {key}={has}; leave {key} out, or "
+                             "start from scratch")
+    if config["block_size"] < model.config.block_size:
+        model.crop_block_size(config["block_size"])
+    return model, tokenizer, before
+
+
+def padded(vocab_size):
+    """Round a large vocabulary up to a multiple of 128, which matrix units multiply faster."""
+    return vocab_size if vocab_size < 1024 else -(-vocab_size // 128) * 128
+
+
+def open_run(run_dir, config, before, runtime):
+    """Prepare the run's folder; return record(row), which writes a row of metrics.
+
+    An earlier run in the folder is moved aside. A resumed run forgets the metrics that were
+    written after its checkpoint: it will write them again.
+    """
+    if not runtime.is_main:
+        return nullcontext
+    path, kept, wandb_run = run_dir / "metrics.jsonl", [], None
+    if before:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            row = json.loads(line) if line.endswith("}") else {"iter": math.inf}
+            if row["iter"] < before["iter_num"] + ("val_loss" in row):
+                kept.append(line + "\n")
+    elif (run_dir / "latest").is_file():
+        number = next(n for n in range(1, 10**6) if not Path(f"{run_dir}.{n}").exists())
+        os.replace(run_dir, f"{run_dir}.{number}")
+        runtime.say(f"{run_dir} held an earlier run, which is now {run_dir}.{number}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_aside(path, "".join(kept))
+    if config["wandb_log"]:
+        import wandb
+
+        wandb_run = wandb.init(project=config["wandb_project"], config=config, dir=run_dir,
+                               name=config["wandb_run_name"] or run_dir.name)
+
+    def record(row):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if wandb_run:
+            wandb_run.log(row, step=row["iter"])
+
+    return record
+
+
+# ---------------------------------------------------------------------- the iteration
+
+
+def load_batches(data, iter_num, micro_steps, config, model, runtime):
+    """Return this process's micro-batches of an iteration: [(tokens, targets)], each (B, T) int64.
+
+    Iteration s takes the sequences [s*N, (s+1)*N) of the run, whatever the number of processes.
+    """
+    B, T, world = config["batch_size"], config["block_size"], runtime.world_size
+    steps = iter_num * micro_steps + np.arange(micro_steps)
+    sequences = ((steps * world + runtime.rank) * B)[:, None] + np.arange(B)  # (micro_steps, B)
+    starts = sequence_starts(sequences.ravel(), data.tokens, T, config["seed"])
+    rows = to_device(data, starts, T, model, runtime).view(micro_steps, B, T + 1)
+    return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
+
+
+def to_device(data, starts, block_size, model, runtime):
+    """Return the (len(starts), block_size + 1) tokens from each start, on the device."""
+    rows = data.rows(starts, block_size + 1)
+    if rows.max() >= model.config.vocab_size:
+        raise ValueError(f"{data.folder} has token {rows.max()}, the model's vocabulary has "
+                         f"{model.config.vocab_size}; prepare the dataset again")
+    rows = torch.from_numpy(rows)
+    if runtime.device.type == "cuda":
+        return rows.pin_memory().to(runtime.device, non_blocking=True)
+    return rows.to(runtime.device)
+
+
+def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
+    """Do one optimizer update; return (loss, gradient norm) as tensors on the device.
+
+    The loss is per target token: each micro-step's sum is divided by the number of targets over
+    all micro-steps and processes, so that neither accumulation nor masks bias it. The loss
+    returned is this process's share: the sum over processes is the iteration's.
+    """
+    count = runtime.sum(sum((targets != IGNORE).sum() for _, targets in batches))
+    loss = torch.zeros((), device=runtime.device)
+    for micro_step, (tokens, targets) in enumerate(batches, 1):
+        last = micro_step == len(batches)
+        with nullcontext() if last or runtime.world_size == 1 else model.no_sync():
+            with runtime.autocast():
+                share = model(tokens, targets).sum() / count
+            # DDP averages gradients over processes, and we want their sum
+            scaler.scale(share * runtime.world_size).backward()
+        loss += share.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm
+
+
+@torch.no_grad()
+def evaluate(model, data, sequences, batch_size, runtime):
+    """Return the mean loss, nats per token, of that many sequences spread over the split.
+
+    The sequences are the same each time and for any number of processes, which share them.
+    """
+    config = getattr(model, "module", model).config
+    T, B = config.block_size, batch_size
+    blocks = (data.tokens - 1) // T
+    starts = np.unique(np.arange(sequences) * blocks // sequences) * T
+    mine = starts[runtime.rank::runtime.world_size]
+    rounds = -(-len(starts) // (runtime.world_size * B))
+    total, count = 0.0, 0
+    model.eval()
+    for i in range(rounds):
+        part = mine[i * B:(i + 1) * B]
+        padding = np.zeros(B - len(part), np.int64)  # full batches: one shape, compiled once
+        rows = to_device(data, np.concatenate([part, padding]), T, model, runtime)
+        targets = rows[:, 1:].contiguous()
+        targets[len(part):] = IGNORE
+        with runtime.autocast():
+            losses = model(rows[:, :-1].contiguous(), targets)
+        total, count = total + losses.sum().item(), count + len(part) * T
+    model.train()
+    total, count = runtime.sum(torch.tensor([total, count], dtype=torch.float64, device=(
+        runtime.device if runtime.world_size > 1 else "cpu"))).tolist()
+    return total / count
+
+
+# ---------------------------------------------------------------------- what a run leaves
+
+
+def bits_per_byte(val_loss, data):
+    """Return {'val_bpb': ...}, or {} where the bytes of the text are not known."""
+    size = data.bytes_per_token
+    return {"val_bpb": val_loss / math.log(2) / size} if size else {}
+
+
+def mfu(model, tokens_per_s, runtime):
+    """Return {'mfu': share of the devices' peak FLOP/s}, or {} where the peak is not known."""
+    peak = peak_flops(runtime)
+    achieved = model.flops_per_token() * tokens_per_s / runtime.world_size
+    return {"mfu": achieved / peak} if peak else {}
+
+
+def log_line(row, max_iters, left):
+    share = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
+    minutes, seconds = divmod(round(left), 60)
+    return (f"iter {row['iter']:>{len(str(max_iters))}}/{max_iters} | loss {row['loss']:.4f} | "
+            f"norm {row['grad_norm']:.3f} | lr {row['lr']:.2e} | {row['ms']:.1f} ms | "
+            f"{row['tokens_per_s']:,.0f} tok/s{share} | "
+            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+
+
+def save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, meta, is_best, keep):
+    """Write a checkpoint aside, rename it, point `latest` (and `best`) at it, drop old ones."""
+    folder = run_dir / f"iter_{meta['iter_num']:06d}"
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    save_weights(model, aside)
+    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
+               aside / "trainer.pt")
+    tokenizer.save(aside)
+    meta = {"model": asdict(model.config), **meta, "commit": git_commit(),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+    write_aside(aside / "meta.json", json.dumps(meta, indent=1) + "\n")
+    for path in aside.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    for pointer in ("latest", "best") if is_best else ("latest",):
+        write_aside(run_dir / pointer, folder.name + "\n")
+    best = (run_dir / "best").read_text(encoding="utf-8").strip()
+    for old in sorted(run_dir.glob("iter_*[0-9]"))[:-keep]:
+        if old.name != best and old != folder:
+            shutil.rmtree(old)
+
+
+def load_trainer(folder, optimizer, scaler):
+    """Load the optimizer's and the scaler's state from a checkpoint's folder."""
+    try:
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
+
+
+def git_commit():
+    """Return the commit of this code, or '' where it is not a git checkout."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def draw_loss(run_dir):
+    """Draw loss.png: the training and the validation loss of metrics.jsonl over the iterations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [json.loads(line) for line in open(run_dir / "metrics.jsonl", encoding="utf-8")]
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(row["iter"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="iteration", ylabel="loss, nats per token", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "loss.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    default = ["config/train_stdlib.py"]
+    if not sys.argv[1:]:
+        print(f"no settings given: python train.py {default[0]}")
+    run(main, more_defaults=checkpoint_defaults, argv=sys.argv[1:] or default)
