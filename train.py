@@ -93,19 +93,22 @@ def main(
     if init_from == "resume":
         load_trainer(find_checkpoint(run_dir), optimizer, scaler)
     wrapped = compile_model(runtime.wrap(model), compile, runtime)
-    record = nullcontext if eval_only else open_run(run_dir, config, before, runtime)
+    record = open_run(run_dir, config, before, runtime)
     runtime.say(f"{describe(runtime)}\nmodel: {model.parameter_count():,} parameters, vocabulary "
-                f"{model.config.vocab_size:,}; {dataset}: {train_data.tokens:,} tokens, "
-                f"{tokens_per_iter:,} per iteration; run: {run_dir}")
+                f"{model.config.vocab_size:,}\ndata: {train_data.folder}, {train_data.tokens:,} "
+                f"tokens, {tokens_per_iter:,} per iteration\nrun: {run_dir}")
 
     iter_num, best_val_loss = before.get("iter_num", 0), before.get("best_val_loss", math.inf)
-    first_iter, batches = iter_num, None
-    clock = began = time.perf_counter()
-    since_clock = 0  # iterations since it was set
+    if before and iter_num >= max_iters and not eval_only:
+        runtime.say(f"{run_dir} is already at iteration {iter_num} of max_iters={max_iters}; "
+                    "raise --max_iters to go on")
+    first_iter, batches, began = iter_num, None, None
+    clock, since_clock = time.perf_counter(), 0  # and the iterations since
     while True:
         due = iter_num % eval_interval == 0 or iter_num == max_iters
         if eval_only or due and iter_num != before.get("iter_num"):
-            val_loss = evaluate(wrapped, val_data, eval_iters * batch_size, batch_size, runtime)
+            val_loss = evaluate(wrapped, model.config, val_data, eval_iters * batch_size,
+                                batch_size, runtime)
             row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter, "val_loss": val_loss,
                    **bits_per_byte(val_loss, val_data)}
             record(row)
@@ -128,6 +131,7 @@ def main(
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(seed_for(seed, "dropout", iter_num, runtime.rank))
+        began = began or time.perf_counter()
         batches = batches or load_batches(train_data, iter_num, micro_steps, config, model, runtime)
         loss, grad_norm = train_step(wrapped, optimizer, scaler, batches, grad_clip, runtime)
         # on a GPU the step is still under way while the next tokens are read
@@ -267,8 +271,8 @@ def open_run(run_dir, config, before, runtime):
     An earlier run in the folder is moved aside. A resumed run forgets the metrics that were
     written after its checkpoint: it will write them again.
     """
-    if not runtime.is_main:
-        return nullcontext
+    if not runtime.is_main or config["eval_only"]:
+        return lambda row: None
     path, kept, wandb_run = run_dir / "metrics.jsonl", [], None
     if before:
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -308,16 +312,16 @@ def load_batches(data, iter_num, micro_steps, config, model, runtime):
     steps = iter_num * micro_steps + np.arange(micro_steps)
     sequences = ((steps * world + runtime.rank) * B)[:, None] + np.arange(B)  # (micro_steps, B)
     starts = sequence_starts(sequences.ravel(), data.tokens, T, config["seed"])
-    rows = to_device(data, starts, T, model, runtime).view(micro_steps, B, T + 1)
+    rows = to_device(data, starts, T, model.config, runtime).view(micro_steps, B, T + 1)
     return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
 
 
-def to_device(data, starts, block_size, model, runtime):
+def to_device(data, starts, block_size, config, runtime):
     """Return the (len(starts), block_size + 1) tokens from each start, on the device."""
     rows = data.rows(starts, block_size + 1)
-    if rows.max() >= model.config.vocab_size:
+    if rows.max() >= config.vocab_size:
         raise ValueError(f"{data.folder} has token {rows.max()}, the model's vocabulary has "
-                         f"{model.config.vocab_size}; prepare the dataset again")
+                         f"{config.vocab_size}; prepare the dataset again")
     rows = torch.from_numpy(rows)
     if runtime.device.type == "cuda":
         return rows.pin_memory().to(runtime.device, non_blocking=True)
@@ -350,12 +354,11 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
 
 
 @torch.no_grad()
-def evaluate(model, data, sequences, batch_size, runtime):
+def evaluate(model, config, data, sequences, batch_size, runtime):
     """Return the mean loss, nats per token, of that many sequences spread over the split.
 
     The sequences are the same each time and for any number of processes, which share them.
     """
-    config = getattr(model, "module", model).config
     T, B = config.block_size, batch_size
     blocks = (data.tokens - 1) // T
     starts = np.unique(np.arange(sequences) * blocks // sequences) * T
@@ -366,7 +369,7 @@ def evaluate(model, data, sequences, batch_size, runtime):
     for i in range(rounds):
         part = mine[i * B:(i + 1) * B]
         padding = np.zeros(B - len(part), np.int64)  # full batches: one shape, compiled once
-        rows = to_device(data, np.concatenate([part, padding]), T, model, runtime)
+        rows = to_device(data, np.concatenate([part, padding]), T, config, runtime)
         targets = rows[:, 1:].contiguous()
         targets[len(part):] = IGNORE
         with runtime.autocast():

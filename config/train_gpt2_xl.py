@@ -1,0 +1,31 @@
+# GPT-2 1558M on FineWeb-Edu, as llm.c reproduced it (scripts/run_gpt2_1558M.sh): 33.6B tokens.
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py
+# Published: 8 x H100 80GB, 24 hours, HellaSwag as GPT-2's. No loss was published; not yet measured
+# with this code.
+
+dataset = "fineweb_edu"
+out_dir = "out/gpt2_xl"
+wandb_project = "gpt2"
+
+total_batch_size = 1048576
+batch_size = 8
+block_size = 1024
+
+n_layer = 48
+n_head = 25
+n_embd = 1600
+bias = True
+
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_iters = 700
+max_iters = 32000
+lr_decay_iters = 32000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
+
+eval_interval = 250
+eval_iters = 1280  # * 8 * 1024 = 10,485,760 validation tokens
+log_interval = 10

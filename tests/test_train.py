@@ -1,0 +1,437 @@
+"""train.py: one iteration whatever its division, exact resume, checkpoints, and wrong input."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import configurator
+import prepare
+import train
+from model import GPT, IGNORE, GPTConfig
+from optim import adamw
+from runtime import Runtime
+from tokens import TokenReader
+
+ROOT = Path(train.__file__).parent
+CPU = Runtime(torch.device("cpu"), torch.float32)
+TINY = dict(n_layer=2, n_head=3, n_embd=21, block_size=13, batch_size=2, max_iters=10,
+            gradient_accumulation_steps=3, eval_interval=4, eval_iters=3, learning_rate=1e-2,
+            warmup_iters=2, lr_decay_iters=10, min_lr=1e-3, device="cpu", dtype="float32",
+            compile="False")
+TIMINGS = ("ms", "tokens_per_s", "mfu")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A corpus of a few thousand characters that a tiny model can learn something of."""
+    rng = random.Random(7)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run"]
+    text = ".\n".join(" ".join(rng.choices(words, k=7)) for _ in range(90))
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "words.txt").write_text(text)
+    prepare.main(dataset=f"{folder}/words", input=f"{folder}/words.txt", tokenizer="chars")
+    return f"{folder}/words"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, request):
+    """Draw loss.png only where it is tested: it takes most of a tiny run's time."""
+    if "drawn" not in request.node.name:
+        monkeypatch.setattr(train, "draw_loss", lambda run_dir: None)
+
+
+def do_run(out_dir, dataset, **settings):
+    train.main(out_dir=str(out_dir), dataset=dataset, **{**TINY, **settings})
+    return rows_of(out_dir)
+
+
+def rows_of(out_dir):
+    rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").open()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def losses_of(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def weights_of(out_dir, which="latest"):
+    folder = Path(out_dir) / (Path(out_dir) / which).read_text().strip()
+    return load_file(folder / "model.safetensors")
+
+
+def command_line(*argv):
+    """Run train.py's main as its command line does; return the exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=list(argv))
+    return stopped.value.code
+
+
+def as_flags(**settings):
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+# ---------------------------------------------------------------------- one iteration
+
+
+def test_golden_losses(tmp_path, dataset):
+    """Ten losses of a seeded run. They change when the model, the data order, the first weights or
+    the optimizer change: then update them, and say why in the commit."""
+    rows = do_run(tmp_path / "run", dataset)
+    assert losses_of(rows) == pytest.approx(GOLDEN, abs=2e-4)
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.4
+
+
+GOLDEN = [2.8464, 2.7886, 2.7140, 2.6625, 2.6391, 2.5853, 2.5160, 2.4318, 2.4169, 2.4390]
+
+
+def test_first_loss_is_near_ln_v(tmp_path, dataset):
+    vocab_size = TokenReader(dataset, "train").meta["vocab_size"]
+    rows = do_run(tmp_path / "run", dataset, max_iters=1)
+    assert rows[0]["val_loss"] == pytest.approx(math.log(vocab_size), abs=0.1)
+
+
+def test_accumulated_is_the_big_batch(tmp_path, dataset):
+    one = do_run(tmp_path / "one", dataset, batch_size=6, gradient_accumulation_steps=1,
+                 eval_iters=1)
+    six = do_run(tmp_path / "six", dataset, batch_size=1, gradient_accumulation_steps=6,
+                 eval_iters=6)
+    total = do_run(tmp_path / "total", dataset, batch_size=2, total_batch_size=6 * 13)
+    assert losses_of(one) == pytest.approx(losses_of(six), abs=1e-5)
+    assert losses_of(one) == pytest.approx(losses_of(total), abs=1e-5)
+    assert one[-1]["val_loss"] == pytest.approx(six[-1]["val_loss"], abs=1e-5)
+
+
+def test_measuring_does_not_change_the_run(tmp_path, dataset):
+    often = do_run(tmp_path / "often", dataset, eval_interval=1, eval_iters=5, dropout=0.3)
+    never = do_run(tmp_path / "never", dataset, eval_interval=1000, dropout=0.3)
+    assert losses_of(often) == losses_of(never)
+
+
+def test_masked_targets_count_for_nothing():
+    """Two micro-steps with unequal numbers of targets give the gradient of one batch of both."""
+    torch.manual_seed(3)
+    config = GPTConfig(block_size=5, vocab_size=11, n_layer=2, n_head=3, n_embd=21)
+    tokens, targets = torch.randint(11, (4, 5)), torch.randint(11, (4, 5))
+    targets[0, 1:] = IGNORE
+    targets[1, :] = IGNORE
+    updated, losses = [], []
+    for split in (4, 2, 1):
+        model = GPT(config, torch.Generator().manual_seed(5))
+        optimizer = adamw(model, 1e-2, 0.1, (0.9, 0.95))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        batches = list(zip(tokens.split(split), targets.split(split), strict=True))
+        loss, _ = train.train_step(model, optimizer, scaler, batches, 1.0, CPU)
+        losses.append(loss.item())
+        updated.append(torch.cat([p.flatten() for p in model.parameters()]))
+    flat = GPT(config, torch.Generator().manual_seed(5)).logits(tokens).flatten(0, 1)
+    mean = torch.nn.functional.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE)
+    assert losses == pytest.approx([mean.item()] * 3, abs=1e-6)
+    for other in updated[1:]:
+        torch.testing.assert_close(updated[0], other, atol=1e-5, rtol=0)
+
+
+def test_gradient_is_clipped():
+    config = GPTConfig(block_size=5, vocab_size=11, n_layer=1, n_head=1, n_embd=7)
+    batch = [(torch.randint(11, (2, 5)), torch.randint(11, (2, 5)))]
+    norms = []
+    for clip in (0.0, 1e-3):
+        model = GPT(config, torch.Generator().manual_seed(5))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        _, norm = train.train_step(model, optimizer, scaler, batch, clip, CPU)
+        moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()
+        norms.append((norm.item(), moved.item()))
+    assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-4)  # unclipped: moved by its norm
+    assert norms[1] == pytest.approx((norms[0][0], 1e-3), rel=1e-3)  # the norm before clipping
+
+
+@pytest.mark.parametrize("world_size, micro_steps, batch_size", [(1, 6, 2), (3, 2, 2), (2, 1, 6)])
+def test_an_iteration_has_the_same_sequences_however_divided(
+        dataset, world_size, micro_steps, batch_size):
+    data, model = TokenReader(dataset, "train"), GPT(GPTConfig(13, 64, 1, 1, 7))
+    config = {"batch_size": batch_size, "block_size": 13, "seed": 5}
+    rows = set()
+    for rank in range(world_size):
+        runtime = replace(CPU, rank=rank, world_size=world_size)
+        for tokens, targets in train.load_batches(data, 7, micro_steps, config, model, runtime):
+            assert tokens.shape == targets.shape == (batch_size, 13)
+            assert torch.equal(tokens[:, 1:], targets[:, :-1])
+            rows |= {tuple(row) for row in tokens.tolist()}
+    alone = train.load_batches(data, 7, 1, {**config, "batch_size": 12}, model, CPU)
+    assert rows == {tuple(row) for row in alone[0][0].tolist()}
+
+
+def test_evaluation_is_the_same_in_any_batches_and_shares(dataset):
+    data = TokenReader(dataset, "val")
+    model = GPT(GPTConfig(13, 64, 1, 1, 7), torch.Generator().manual_seed(1))
+    model.transformer.wte.weight.data *= 20  # losses that differ from place to place
+    found = [train.evaluate(model, model.config, data, 11, size, CPU) for size in (1, 4, 11, 20)]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
+    every = (data.tokens - 1) // 13
+    rows = torch.from_numpy(data.rows(np.arange(every) * 13, 14))
+    mean = model.eval()(rows[:, :-1], rows[:, 1:]).mean().item()
+    everything = train.evaluate(model, model.config, data, 10 * every, 3, CPU)
+    assert everything == pytest.approx(mean, rel=1e-6)
+    assert abs(found[0] - mean) > 1e-4  # eleven sequences are not all of them
+
+
+# ---------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("settings", [
+    dict(dropout=0.2),
+    dict(dropout=0.2, max_iters=40, eval_interval=20),  # a second epoch begins
+    dict(dtype="float16", dropout=0.1),
+    dict(decay_lr=False, gradient_accumulation_steps=1, always_save_checkpoint=False),
+], ids=["dropout", "epochs", "float16", "best only"])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, dataset, monkeypatch, settings):
+    whole = do_run(tmp_path / "whole", dataset, **settings)
+    blocks = TokenReader(dataset, "train").tokens // 13
+    if "max_iters" in settings:
+        assert 20 * 6 < blocks < 37 * 6  # between the checkpoint and the interruption
+    step, left = train.train_step, [settings.get("max_iters", 10) - 3]
+
+    def stops(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        do_run(tmp_path / "parts", dataset, **settings)
+    monkeypatch.setattr(train, "train_step", step)
+    assert len(rows_of(tmp_path / "parts")) < len(whole)
+    parts = do_run(tmp_path / "parts", dataset, **settings, init_from="resume")
+    assert parts == whole
+    for which in ("latest", "best"):
+        a, b = (weights_of(tmp_path / run, which) for run in ("whole", "parts"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = (torch.load(next((tmp_path / run).glob(f"iter_*{len(losses_of(whole))}")) / "trainer.pt",
+                       weights_only=True) for run in ("whole", "parts"))
+    assert a["scaler"] == b["scaler"] and bool(a["scaler"]) == (settings.get("dtype") == "float16")
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], b["optimizer"]["state"][key][name]) for name in state)
+
+
+def test_resume_takes_the_run_s_own_settings(tmp_path, dataset, capsys):
+    out = tmp_path / "run"
+    do_run(out, dataset, max_iters=4)
+    configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=[
+        "--init_from=resume", f"--out_dir={out}", f"--dataset={dataset}", "--max_iters=6"])
+    rows = rows_of(out)
+    assert [row["iter"] for row in rows if "loss" in row] == [0, 1, 2, 3, 4, 5]
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    code = command_line("--init_from=resume", f"--out_dir={out}", f"--dataset={dataset}",
+                        "--n_layer=3")
+    assert code == 2 and "n_layer=3, but" in capsys.readouterr().err
+
+
+def test_a_finished_run_says_so(tmp_path, dataset, capsys):
+    before = do_run(tmp_path / "run", dataset, max_iters=2)
+    after = do_run(tmp_path / "run", dataset, max_iters=2, init_from="resume")
+    assert "already at iteration 2 of max_iters=2" in capsys.readouterr().out
+    assert after == before
+
+
+def test_a_second_run_moves_the_first_aside(tmp_path, dataset, capsys):
+    first = do_run(tmp_path / "run", dataset, max_iters=1)
+    do_run(tmp_path / "run", dataset, max_iters=2)
+    assert rows_of(tmp_path / "run.1") == first
+    assert "run.1" in capsys.readouterr().out
+    assert [p.name for p in sorted((tmp_path / "run").glob("iter_*"))] == ["iter_000002"]
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def test_newest_and_best_are_kept(tmp_path, dataset, monkeypatch):
+    values = iter([5.0, 3.0, 1.0, 2.0, 4.0, 3.5])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(values))
+    do_run(tmp_path / "run", dataset, max_iters=5, eval_interval=1, keep_checkpoints=2)
+    names = sorted(p.name for p in (tmp_path / "run").glob("iter_*"))
+    assert names == ["iter_000002", "iter_000004", "iter_000005"]
+    assert (tmp_path / "run" / "best").read_text() == "iter_000002\n"
+    assert (tmp_path / "run" / "latest").read_text() == "iter_000005\n"
+    meta = json.loads((tmp_path / "run" / "iter_000005" / "meta.json").read_text())
+    assert meta["best_val_loss"] == 1.0 and meta["val_loss"] == 3.5
+
+
+def test_a_checkpoint_says_where_it_comes_from(tmp_path, dataset):
+    do_run(tmp_path / "run", dataset, max_iters=1)
+    folder = tmp_path / "run" / "iter_000001"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "meta.json", "model.safetensors", "tokenizer.json", "trainer.pt"]
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["model"]["n_embd"] == 21 and meta["config"]["learning_rate"] == 1e-2
+    assert meta["tokens"] == 13 * 2 * 3 and meta["versions"]["torch"] == torch.__version__
+    assert meta["shards"] == TokenReader(dataset, "train").shards
+
+
+def test_eval_only_writes_nothing(tmp_path, dataset, capsys):
+    rows = do_run(tmp_path / "run", dataset, max_iters=2)
+    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
+    do_run(tmp_path / "run", dataset, init_from="resume", eval_only=True)
+    assert f"val_loss {rows[-1]['val_loss']:.4f}" in capsys.readouterr().out
+    assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
+
+
+def test_finetuning_takes_a_checkpoint_s_sizes(tmp_path, dataset, capsys):
+    first = do_run(tmp_path / "first", dataset, max_iters=8)
+    flags = [f"--init_from={tmp_path / 'first'}", f"--out_dir={tmp_path / 'second'}",
+             f"--dataset={dataset}", "--max_iters=1", "--batch_size=2", "--eval_iters=3",
+             "--gradient_accumulation_steps=1", "--device=cpu"]
+    configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=flags)
+    rows = rows_of(tmp_path / "second")
+    assert rows[0]["val_loss"] == first[-1]["val_loss"]  # from its best checkpoint
+    assert command_line(*flags, "--n_embd=42") == 2
+    assert "n_embd=42, but" in capsys.readouterr().err
+    configurator.run(train.main, more_defaults=train.checkpoint_defaults,
+                     argv=[*flags, "--block_size=7", f"--out_dir={tmp_path / 'short'}"])
+    assert weights_of(tmp_path / "short")["transformer.wpe.weight"].shape == (7, 21)
+
+
+def test_loss_curve_is_drawn(tmp_path, dataset):
+    do_run(tmp_path / "run", dataset, max_iters=2)
+    assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------------- number formats, compile
+
+
+def test_bfloat16_is_close_to_float32(tmp_path, dataset):
+    low = do_run(tmp_path / "low", dataset, dtype="bfloat16")
+    full = do_run(tmp_path / "full", dataset)
+    assert losses_of(low) == pytest.approx(losses_of(full), abs=0.02)
+    assert losses_of(low) != losses_of(full)
+    assert all(w.dtype == torch.float32 for w in weights_of(tmp_path / "low").values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("settings", [dict(), dict(dtype="bfloat16"), dict(dtype="float16"),
+                                      dict(dtype="bfloat16", compile="True")], ids=str)
+def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
+    gpu = do_run(tmp_path / "gpu", dataset, **{**settings, "device": "cuda"})
+    cpu = do_run(tmp_path / "cpu", dataset)
+    assert losses_of(gpu) == pytest.approx(losses_of(cpu), abs=0.03 if settings else 2e-3)
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def torchrun(processes, out_dir, dataset, **settings):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}", "train.py", f"--out_dir={out_dir}",
+               f"--dataset={dataset}", *as_flags(**{**TINY, **settings})]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_are_one(tmp_path, dataset):
+    one = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=4, dropout=0.0)
+    done = torchrun(2, tmp_path / "two", dataset, gradient_accumulation_steps=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = rows_of(tmp_path / "two")
+    assert [row["iter"] for row in two] == [row["iter"] for row in one]
+    for key in ("loss", "val_loss", "grad_norm"):
+        found = [row[key] for row in two if key in row]
+        assert found == pytest.approx([row[key] for row in one if key in row], abs=1e-4)
+    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)
+    assert done.stdout.count("iter  9/10") == 1  # one process talks
+
+
+def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
+    done = torchrun(2, tmp_path / "run", dataset, gradient_accumulation_steps=3)
+    assert "error: gradient_accumulation_steps=3 is shared out over 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--bacth_size=3"], "command line: unknown key 'bacth_size'; did you mean 'batch_size'?"),
+    (["--batch_size=big"], "batch_size=big: not a whole number"),
+    (["--n_head=4"], "n_embd=21 is not divisible by n_head=4; the nearest n_head that divides"),
+    (["--n_layer=0"], "n_layer=0: must be 1 or more"),
+    (["--dropout=1"], "dropout=1.0: must be at least 0 and below 1"),
+    (["--block_size=5000"], "block_size=5000 needs 5,001 tokens"),
+    (["--total_batch_size=80"], "the nearest is 78"),
+    (["--batch_size=0"], "batch_size=0: must be 1 or more"),
+    (["--learning_rate=-1"], "learning_rate=-1.0: must be 0 or more"),
+    (["--beta2=1.5"], "beta2=1.5: must be at least 0 and below 1"),
+    (["--dataset=nowhere"], "python prepare.py --dataset=nowhere"),
+    (["--device=gpu"], "device='gpu'"),
+    (["--device=cuda:77"], "device='cuda:77'"),
+    (["--dtype=float8"], "dtype='float8': choose auto, float32, bfloat16, float16"),
+    (["--compile=maybe"], "compile='maybe'"),
+    (["--init_from=gpt3"], "gpt3: no checkpoint here"),
+    (["--init_from=gpt2-huge"], "choose gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+    (["--init_from=resume"], "no checkpoint here"),
+    (["config/nothing.py"], "config/nothing.py: no such config file"),
+    (["--compile"], "--compile: flags are --key=value"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_user_s_mistake_is_one_line(tmp_path, dataset, capsys, flags, says):
+    settings = {**TINY, "out_dir": tmp_path / "run", "dataset": dataset}
+    assert command_line(*as_flags(**settings), *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, dataset, capsys):
+    (tmp_path / "file").write_text("")
+    settings = {**TINY, "out_dir": tmp_path / "file" / "run", "dataset": dataset}
+    assert command_line(*as_flags(**settings)) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused(tmp_path, dataset):
+    do_run(tmp_path / "run", dataset, max_iters=1)
+    (tmp_path / "text.txt").write_text("another text " * 100)
+    prepare.main(dataset=f"{tmp_path}/bytes", input=f"{tmp_path}/text.txt")
+    with pytest.raises(ValueError, match="trained with the tokenizer chars .* is prepared with an"):
+        do_run(tmp_path / "next", f"{tmp_path}/bytes", init_from=str(tmp_path / "run"))
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path, dataset):
+    data, model = TokenReader(dataset, "train"), GPT(GPTConfig(13, 5, 1, 1, 7))
+    with pytest.raises(ValueError, match="has token .* the model's vocabulary has 5"):
+        train.load_batches(data, 0, 1, {"batch_size": 9, "block_size": 13, "seed": 1}, model, CPU)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "meta.json", "tokenizer.json"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, dataset, name):
+    do_run(tmp_path / "run", dataset, max_iters=1)
+    path = tmp_path / "run" / "iter_000001" / name
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+    with pytest.raises(ValueError, match="iter_000001"):
+        do_run(tmp_path / "run", dataset, init_from="resume", max_iters=2)
+
+
+def test_wandb_offline(tmp_path, dataset):
+    wandb = pytest.importorskip("wandb")
+    settings = {**TINY, "max_iters": 2, "wandb_log": True, "wandb_run_name": "tiny"}
+    done = subprocess.run(
+        [sys.executable, "train.py", f"--out_dir={tmp_path / 'run'}", f"--dataset={dataset}",
+         *as_flags(**settings)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    logged = list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert len(logged) == 1 and logged[0].stat().st_size > 1000, wandb.__version__
+
+
