@@ -9,7 +9,6 @@ hardware's peak is known, the share of the batch source, and peak memory.
 """
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -39,7 +38,8 @@ def main(
     train.check(settings)
     runtime = setup(settings["device"], settings["dtype"], settings["backend"])
     micro_steps = train.split_batch(settings, runtime.world_size)
-    vocab_size = 50257 if random else (load_meta(settings["dataset"]) or {}).get("vocab_size", 50257)
+    meta = None if random else load_meta(settings["dataset"])
+    vocab_size = meta["vocab_size"] if meta else 50257
     sizes = {key: settings[key] for key in train.MODEL_KEYS}
     model = GPT(GPTConfig(vocab_size=train.padded(vocab_size), **sizes)).to(runtime.device)
     data = RandomTokens(vocab_size) if random else TokenReader(settings["dataset"], "train")
@@ -105,6 +105,8 @@ def peak_memory(runtime):
     """Return the most bytes held so far: the GPU's tensors, or the process's resident memory."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,12 +1,14 @@
 # A small GPT-2 on the source of Python's standard library, byte by byte: what `make train` runs.
-#   python prepare.py && python train.py config/train_stdlib.py
+#   python prepare.py
+#   python train.py config/train_stdlib.py
 
 dataset = "stdlib"
+
 eval_interval = 250
-eval_iters = 20
+eval_iters = 40
 log_interval = 10
 
-batch_size = 32
+batch_size = 16
 gradient_accumulation_steps = 1
 block_size = 128
 
@@ -16,6 +18,6 @@ n_embd = 128
 
 learning_rate = 4e-3
 min_lr = 4e-4
-max_iters = 1000
-lr_decay_iters = 1000
-warmup_iters = 50
+warmup_iters = 100
+max_iters = 1500
+lr_decay_iters = 1500
