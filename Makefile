@@ -8,12 +8,14 @@ PY = .venv/bin/python
 
 .PHONY: train test lint venv clean
 
-train: .venv/installed
-	$(PY) prepare.py
+train: .venv/installed data/stdlib/meta.json
 	$(PY) train.py config/train_stdlib.py $(ARGS) \
 	    --init_from=$$([ -f $(RUN)/latest ] && echo resume || echo scratch)
 	@echo "loss curve: $(RUN)/loss.png; a sample:"
 	$(PY) sample.py --out_dir=$(RUN) --num_samples=1 --start="def "
+
+data/stdlib/meta.json: | .venv/installed
+	$(PY) prepare.py
 
 test: .venv/installed-test
 	$(PY) -m pytest -n 2

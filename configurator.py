@@ -3,8 +3,8 @@
     python train.py config/train_gpt2.py --batch_size=32     # left to right: the last one wins
     python train.py --help                                   # every key, its default, its comment
 
-A config file is plain Python that assigns some of those names; it sees the values set so far, and
-names that begin with an underscore stay its own.
+A config file is plain Python that assigns some of those names and sees the values set so far. Names
+that begin with an underscore, and imported modules and functions, stay its own.
 """
 
 import difflib
@@ -14,27 +14,23 @@ import re
 import runpy
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 
 
 def run(main, base=None, more_defaults=None, argv=None):
-    """Call `main` with its settings. A user's mistake ends in one line and exit code 2.
-
-    A user's mistake is a ValueError raised in our own files, or the system's refusal of a file
-    (OSError with an errno); any other error is ours and keeps its traceback.
-    """
+    """Call `main` with its settings. A user's mistake (a ValueError raised in our own files, or an
+    OSError of the system) ends in one line and exit code 2, our own in a traceback."""
     try:
         main(**configure(main, sys.argv[1:] if argv is None else argv, base, more_defaults))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # stopped by Ctrl-C, or by `| head`
         sys.exit(130)
     except (ValueError, OSError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, OSError) and error.errno:
-            error = f"{error.filename or 'writing failed'}: {error.strerror}"
-        elif isinstance(error, OSError) or Path(where).parent != Path(__file__).parent:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
+        if not getattr(error, "errno", None) and raised_in != Path(__file__).resolve().parent:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -43,15 +39,15 @@ def configure(main, argv, base=None, more_defaults=None):
 
     base: a second `main`, whose keys are accepted too where `main` takes **settings.
     more_defaults: a function of the settings; the values it returns go below those of argv.
-    Raises ValueError naming the place, the key and its nearest neighbour.
+    Raises ValueError with the place, the key and its nearest neighbour.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(main, base))
         sys.exit(0)
     defaults = {**(keyword_defaults(base) if base else {}), **keyword_defaults(main)}
-    settings = overlay(argv, defaults, defaults)
+    settings = overlay(argv, defaults)
     found = more_defaults(settings) if more_defaults else {}
-    return overlay(argv, {**defaults, **found}, defaults) if found else settings
+    return overlay(argv, {**defaults, **found}) if found else settings
 
 
 def keyword_defaults(function):
@@ -59,7 +55,7 @@ def keyword_defaults(function):
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def overlay(argv, settings, defaults):
+def overlay(argv, settings):
     """Return a copy of `settings` with the config files and flags of `argv` laid over them."""
     settings = dict(settings)
     for arg in argv:
@@ -70,11 +66,11 @@ def overlay(argv, settings, defaults):
         else:
             raise ValueError(f"{arg}: flags are --key=value without spaces; --help lists the keys")
         for key, value in given.items():
-            if key not in defaults:
-                near = difflib.get_close_matches(key, defaults, n=1)
+            if key not in settings:
+                near = difflib.get_close_matches(key, settings, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
                 raise ValueError(f"{place}: unknown key {key!r}; {hint}")
-            settings[key] = as_type_of(defaults[key], value, f"{place}: {key}")
+            settings[key] = as_type_of(settings[key], value, f"{place}: {key}={value}")
     return settings
 
 
@@ -86,39 +82,32 @@ def read_config(path, settings):
         names = runpy.run_path(path, init_globals=settings)
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    return {key: value for key, value in names.items() if not key.startswith("_")
-            and not isinstance(value, (ModuleType, FunctionType, type))
-            and settings.get(key) is not value}
+    return {key: value for key, value in names.items() if settings.get(key, names) is not value
+            and not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
 
 
-def as_type_of(default, value, place):
-    """Return `value` as the default's type: text stays text, whole numbers widen to float."""
-    kind, text = type(default), str(value)
-    try:
-        if kind is str and isinstance(value, (str, int, float)):
-            return text
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is int and re.fullmatch(r"[+-]?[\d_]+", text):
-            return int(text)
-        if kind in (int, float) and math.isfinite(number := float(text)):
-            if number == kind(number):  # 1e4 is a whole number, 0.5 is not
-                return kind(number)
-    except (KeyError, ValueError):
-        pass
+def as_type_of(example, value, given):
+    """Return `value` as the example's type: text stays text, whole numbers widen to float."""
+    kind, text = type(example), str(value)
+    if kind is str and isinstance(value, (str, int, float)):
+        return text
+    if kind is bool and text.lower() in ("true", "1", "false", "0"):
+        return text.lower() in ("true", "1")
+    with suppress(ValueError, OverflowError):  # 1e4 is a whole number, 0.5 is not
+        number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+        if kind in (int, float) and math.isfinite(number) and number == kind(number):
+            return kind(number)
     wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise ValueError(f"{place}={text}: not {wanted} (default: {default!r})")
+    raise ValueError(f"{given}: not {wanted}")
 
 
 def help_text(main, base=None):
     """Return the script's docstring, then each key with its default and its comment."""
     lines = [inspect.getmodule(main).__doc__.strip()]
     for function in (main, base) if base else (main,):
-        defaults = keyword_defaults(function)
         for line in inspect.getsource(function).split("\n):")[0].splitlines():
-            if match := re.match(r"    (\w+)=.*,  # (.*)", line):
-                setting = f"--{match[1]}={defaults[match[1]]}".replace("\n", "\\n")
-                lines.append(f"  {setting:<33} {match[2]}")
+            if match := re.match(r"    (\w+=.*),  # (.*)", line):
+                lines.append(f"  --{match[1]:<31} {match[2]}")
             elif match := re.match(r"    # (.*)", line):
                 lines.append(f"\n{match[1]}:")
     return "\n".join(lines)

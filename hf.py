@@ -4,17 +4,15 @@
     python hf.py --source=gpt2 --out_dir=out/gpt2            # a checkpoint to sample or finetune
     python hf.py --source=path/to/folder --out_dir=out/mine  # config.json and model.safetensors
 
-Reads the safetensors file itself; transformers is not needed.
+Reads the safetensors file itself; transformers is not needed. The tokenizer is always GPT-2's.
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from configurator import run
-from model import GPT, GPTConfig, save_weights
+from model import GPTConfig, from_weights, save_weights
 from prepare import Tokenizer, gpt2_spec
 from tokens import load_json, write_aside
 
@@ -22,14 +20,20 @@ SIZES = {  # (n_layer, n_head, n_embd) of OpenAI's four
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600)}
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MATHS = {  # what config.json must say, or leave out: our model has no other
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False, "tie_word_embeddings": True}
 
 
 def main(
     source="gpt2",  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the folder of a saved GPT-2
     out_dir="",  # the checkpoint's folder ('': out/<source>)
 ):
+    folder = Path(out_dir or Path("out", Path(source).resolve().name))
+    if source not in SIZES and folder.resolve() == Path(source).resolve():
+        raise ValueError(f"out_dir={out_dir!r} is the source, which would be lost; name another")
     model, tokenizer = load_gpt2(source)
-    folder = Path(out_dir or Path("out", Path(source).name))
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder)
     tokenizer.save(folder)
@@ -51,31 +55,38 @@ def gpt2_sizes(name):
 def load_gpt2(source, dropout=0.0):
     """Return (GPT, Tokenizer) of one of OpenAI's four models, by name, or of a local folder with
     transformers' config.json and model.safetensors. Raises ValueError where it cannot be had."""
+    if source not in SIZES and not Path(source).is_dir():
+        raise ValueError(f"{source}: neither a folder nor one of {', '.join(SIZES)}")
+    config_path, weights_path = (
+        fetch(source, name) if source in SIZES else Path(source, name)
+        for name in ("config.json", "model.safetensors"))
+    model, tokenizer = read_gpt2(config_path, weights_path, dropout), Tokenizer(gpt2_spec())
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"{source}: a vocabulary of {model.config.vocab_size:,} tokens is not "
+                         f"GPT-2's {tokenizer.vocab_size:,}, whose tokenizer is the one we have")
+    return model, tokenizer
+
+
+def read_gpt2(config_path, weights_path, dropout=0.0):
+    """Return the GPT of transformers' two files. Raises ValueError where it is not a GPT-2."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if source in SIZES:
-        config_path, weights_path = (fetch(source, name)
-                                     for name in ("config.json", "model.safetensors"))
-    else:
-        config_path, weights_path = Path(source, "config.json"), Path(source, "model.safetensors")
-    c = load_json(config_path)
-    if c.get("model_type") != "gpt2" or c.get("activation_function") != "gelu_new":
-        raise ValueError(f"{config_path}: model_type={c.get('model_type')!r} with activation "
-                         f"{c.get('activation_function')!r} is not GPT-2 with gelu_new")
-    config = GPTConfig(block_size=c["n_positions"], vocab_size=c["vocab_size"],
-                       n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"],
-                       dropout=dropout, bias=True)
-    with torch.device("meta"):
-        model = GPT(config)
     try:
-        weights = dict(map(translate, *zip(*load_file(weights_path).items(), strict=True)))
-        weights.pop(None, None)
-        model.load_state_dict(weights, assign=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{weights_path}: not GPT-2's weights ({reason})") from error
-    return model.requires_grad_(True), Tokenizer(gpt2_spec())
+        facts = {"model_type": None, **load_json(config_path)}
+        for key, wanted in MATHS.items():
+            if facts.get(key, wanted) != wanted:
+                raise ValueError(f"{config_path}: {key}={facts[key]!r}, GPT-2 has {wanted!r}")
+        config = GPTConfig(
+            block_size=facts["n_positions"], vocab_size=facts["vocab_size"], dropout=dropout,
+            n_layer=facts["n_layer"], n_head=facts["n_head"], n_embd=facts["n_embd"], bias=True)
+        tensors = load_file(weights_path)
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{Path(weights_path).parent}: not a GPT-2 that transformers saved as "
+                         f"safetensors ({type(error).__name__}: {error})") from error
+    weights = dict(translate(key, tensor) for key, tensor in tensors.items())
+    weights.pop(None, None)
+    return from_weights(config, weights, weights_path)
 
 
 def translate(key, tensor):
@@ -87,7 +98,7 @@ def translate(key, tensor):
     if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
         return None, tensor
     key = key if key.startswith("transformer.") else f"transformer.{key}"
-    return key, tensor.t().contiguous() if key.endswith(TRANSPOSED) else tensor
+    return key, tensor.transpose(0, -1).contiguous() if key.endswith(TRANSPOSED) else tensor
 
 
 def fetch(name, filename):
@@ -98,9 +109,9 @@ def fetch(name, filename):
     try:
         return Path(hf_hub_download(f"openai-community/{name}", filename))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{name} cannot be downloaded ({type(error).__name__}); go online once, or "
-                         "save it elsewhere and give its folder: python hf.py --source=FOLDER"
-                         ) from error
+        raise ValueError(
+            f"{name} cannot be downloaded ({type(error).__name__}); go online once, or save it "
+            "elsewhere and give its folder: python hf.py --source=FOLDER") from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ of OpenAI's code, github.com/openai/gpt-2, src/model.py.
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -35,11 +35,11 @@ class GPTConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"{field.name}={value}: must be 1 or more")
+            if field.type is int and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{field.name}={value}: must be 1 or more, a whole number")
         if self.n_embd % self.n_head:
-            divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-            near = min(divisors, key=lambda h: abs(h - self.n_head))
+            near = min((h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0),
+                       key=lambda h: abs(h - self.n_head))
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                              f"the nearest n_head that divides it is {near}")
         if not 0 <= self.dropout < 1:
@@ -59,8 +59,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3*C)
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         y = self.c_proj(y)  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)  # (B, T, C)
@@ -93,8 +93,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))  # (B, T, C)
-        x = x + self.mlp(self.ln_2(x))  # (B, T, C)
-        return x
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
 class GPT(nn.Module):
@@ -138,16 +137,15 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)  # (B, T, C)
-        x = self.transformer.ln_f(x)  # (B, T, C)
-        return x
+        return self.transformer.ln_f(x)  # (B, T, C)
 
     def head(self, x):
         """Hidden states (..., C) to logits (..., V), with the token embedding as the matrix."""
-        return F.linear(x, self.transformer.wte.weight)
+        return F.linear(x, self.transformer.wte.weight)  # (..., V)
 
     def logits(self, tokens):
         """Token ids (B, T) to the logits of the next token, (B, T, V)."""
-        return self.head(self.hidden(tokens))
+        return self.head(self.hidden(tokens))  # (B, T, V)
 
     def forward(self, tokens, targets):
         """Return the cross-entropy in nats of each target, (B, T), float32; 0 where IGNORE.
@@ -165,13 +163,12 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size}: this model has positions 1 to "
                              f"{self.config.block_size}")
-        self.config.block_size = block_size
-        wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
-        wpe.num_embeddings = block_size
+        self.config = replace(self.config, block_size=block_size)  # others may share the old one
+        weight = self.transformer.wpe.weight[:block_size].detach().clone()
+        self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def parameter_count(self):
-        """The number of parameters, without the position embedding (as GPT-2 is counted)."""
+        """The number of parameters, without the position embedding (nanoGPT's way of counting)."""
         return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self):
@@ -185,8 +182,10 @@ def save_weights(model, folder):
     """Write a model's weights into an existing folder, as model.safetensors."""
     from safetensors.torch import save_file
 
+    path = Path(folder) / "model.safetensors"
     weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    save_file(weights, Path(folder) / "model.safetensors")
+    save_file(weights, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
 
 
 def load_model(folder, dropout=0.0):
@@ -197,30 +196,40 @@ def load_model(folder, dropout=0.0):
 
     folder = Path(folder)
     try:
-        config = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["model"]
-        with torch.device("meta"):  # no memory, no first weights: the file brings them
-            model = GPT(GPTConfig(**{**config, "dropout": dropout}))
-        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        config = GPTConfig(**json.loads((folder / "meta.json").read_text("utf-8"))["model"])
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a checkpoint ({type(error).__name__}: {error})") from error
+    return from_weights(replace(config, dropout=dropout), weights, folder)
+
+
+def from_weights(config, weights, place):
+    """Return the GPT with these weights, {name: tensor}, in float32. Raises ValueError, naming
+    the place that they are from, where a name or a size does not fit."""
+    with torch.device("meta"):  # no memory, no first weights: the given ones take their place
+        model = GPT(config)
+    # a copy, because safetensors' tensors are the file itself, mapped into memory
+    weights = {name: p.to(torch.float32, copy=True) for name, p in weights.items()}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}: not a readable checkpoint ({reason})") from error
-    return model.requires_grad_(True)
+        raise ValueError(f"{place}: the weights are another model's ({reason})") from error
+    return model
 
 
 def find_checkpoint(path, which="latest"):
-    """Return the checkpoint folder that `path` names: itself, or the `latest` or `best` of a run.
-
-    A run's folder holds iter_000250/ and so on, and the files `latest` and `best`, each with the
-    name of one of them. Raises ValueError where there is none.
-    """
+    """Return the checkpoint folder that `path` names: itself, or, in a run's folder, the one of
+    iter_000250/ and so on whose name is in the file `latest` or `best`. Raises ValueError where
+    there is none."""
     path = Path(path)
     if (path / "model.safetensors").is_file():
         return path
     pointer = path / which
     if not pointer.is_file():
-        raise ValueError(f"{path}: no checkpoint here ({pointer} is missing); "
-                         "train one, or name another folder with --out_dir=")
-    folder = path / Path(pointer.read_text(encoding="utf-8").strip()).name
-    if not folder.is_dir():
-        raise ValueError(f"{pointer} names {folder.name}, which is not there")
-    return folder
+        raise ValueError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
+                         "another folder with --out_dir= or --init_from=")
+    name = Path(pointer.read_text("utf-8", "replace").strip()).name  # never outside
+    if name in ("", "..") or not (path / name).is_dir():
+        raise ValueError(f"{pointer} names {name!r}, which is not there")
+    return path / name

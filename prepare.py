@@ -10,12 +10,15 @@ and meta.json. Text is read twice, first to count it, and never held in memory w
 """
 
 import base64
+import glob
 import gzip
 import hashlib
 import json
 import os
+import re
 import sys
 import time
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,6 +34,7 @@ BUILT_IN = {"stdlib": "bytes", "shakespeare_char": "chars", "shakespeare": "gpt2
 LATER = ("fineweb", "fineweb_edu", "openwebtext")
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 20  # characters that are read and tokenized at a time
+SAFE_CUT = re.compile(r"(?s:.*)(?:\S(?= )|[^\W_](?=[\s.,;:!?\u3001\u3002\uff0c\uff01\uff1f]))")
 
 
 def main(
@@ -40,42 +44,51 @@ def main(
     text_column="text",  # the field of .jsonl and .parquet files that holds the text
     val_fraction=0.1,  # share of the text that is held out for validation
     shard_tokens=100_000_000,  # tokens per file, at most
-    overwrite=False,  # replace a dataset that was prepared with other settings
+    overwrite=False,  # replace a dataset of other text or other settings
 ):
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens={shard_tokens}: must be 1 or more")
+    if not 1 <= shard_tokens < 2**31:
+        raise ValueError(f"shard_tokens={shard_tokens}: must be at least 1 and below 2**31")
+    kind = tokenizer or BUILT_IN.get(dataset, "bytes")
+    if kind not in ("bytes", "chars", "gpt2"):
+        raise ValueError(f"tokenizer={kind!r}: choose bytes, chars or gpt2")
     folder = dataset_folder(dataset)
     paths = find_files(dataset, input, folder)
-    kind = tokenizer or BUILT_IN.get(dataset, "bytes")
     source = {"tokenizer": kind, "text_column": text_column, "val_fraction": val_fraction,
               "shard_tokens": shard_tokens, "files": fingerprint(paths)}
-    if (folder / "meta.json").is_file() and not overwrite:
-        if load_json(folder / "meta.json").get("source") == source:
+    unfinished = folder / "UNFINISHED"  # while it is there, the folder is not a dataset
+    meta_path = folder / "meta.json"
+    in_use = meta_path.is_file() or any(folder.glob("*.bin"))
+    if in_use and not unfinished.exists() and not overwrite:
+        if meta_path.is_file() and load_json(meta_path).get("source") == source:
             print(f"{folder}: already prepared, nothing to do")
             return
-        raise ValueError(f"{folder} was prepared from other text or with other settings; replace "
-                         "it with --overwrite=True, or choose another --dataset=NAME")
+        raise ValueError(f"{folder} has token files of other text or other settings; replace them "
+                         "with --overwrite=True, or choose another --dataset=NAME")
 
+    spec = gpt2_spec() if kind == "gpt2" else {"kind": kind}
     facts = survey(read_pieces(paths, text_column), val_fraction, kind)
     if facts["characters"] < 2:
         raise ValueError(f"{input or dataset}: there is no text in its {len(paths)} file(s)")
-    tokenizer = make_tokenizer(kind, facts)
+    if kind == "chars":
+        spec |= {"alphabet": facts["alphabet"], "documents": facts["documents"] > 1}
+    tokenizer = Tokenizer(spec)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "UNFINISHED"  # while it is there, the folder is not a dataset
     unfinished.touch()
-    for old in [folder / "meta.json", *folder.glob("*.bin"), *folder.glob("*.tmp")]:
-        old.unlink(missing_ok=True)
+    for old in list(folder.iterdir()):
+        if re.fullmatch(r"meta\.json|(train|val)_\d+\.(bin|tmp)", old.name):
+            old.unlink()
     splits = write_splits(folder, paths, text_column, tokenizer, facts, val_fraction, shard_tokens)
     tokenizer.save(folder)
     meta = {"dataset": folder.name, "tokenizer": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size, "splits": splits, "source": source}
-    write_aside(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    write_aside(meta_path, json.dumps(meta, indent=1) + "\n")
     unfinished.unlink()
     for split, info in splits.items():
-        print(f"{split}: {info['tokens']:,} tokens of {info['bytes'] / info['tokens']:.2f} bytes, "
-              f"{info['documents']:,} documents, {len(info['shards'])} file(s)")
+        documents = f", {info['documents']:,} documents" if facts["documents"] > 1 else ""
+        print(f"{split}: {info['tokens']:,} tokens of {info['bytes'] / info['tokens']:.2f} bytes"
+              f"{documents}, {len(info['shards'])} file(s)")
     print(f"{folder}: done; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}")
 
 
@@ -101,8 +114,7 @@ def find_files(dataset, pattern, folder):
     elif path.is_file():
         paths = [path]
     else:
-        paths = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-        paths = [p for p in paths if p.is_file()]
+        paths = [p for p in sorted(map(Path, glob.glob(str(path), recursive=True))) if p.is_file()]
     if not paths:
         raise ValueError(f"input={pattern!r}: no files there; give a file, a glob in quotes, or a "
                          f"folder with {' '.join(SUFFIXES)}")
@@ -113,21 +125,24 @@ def stdlib_files():
     """Return the standard library's .py files, sorted, without tests and installed packages."""
     import sysconfig
 
-    root = Path(sysconfig.get_path("stdlib"))
+    root, paths = Path(sysconfig.get_path("stdlib")), []
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    return sorted((p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)),
-                  key=lambda p: p.relative_to(root).as_posix())
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - skip
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths, key=lambda p: p.relative_to(root).as_posix())
 
 
 def download(url, path):
     """Fetch a URL into `path`, once. Raises ValueError with what to do instead when offline."""
     import urllib.request
+    from http.client import HTTPException
 
     if not path.is_file():
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 text = response.read()
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise ValueError(f"cannot download {url} ({error}); fetch it elsewhere and add "
                              "--input=FILE") from error
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +152,7 @@ def download(url, path):
 
 def fingerprint(paths):
     """Return a hash of the files' names, sizes and times: has the corpus changed?"""
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
@@ -168,7 +183,7 @@ def read_pieces(paths, text_column):
 def read_text(path):
     """Yield a text file in pieces that end where no token can span the cut."""
     rest = ""
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         while text := file.read(PIECE):
             if "\0" in text:
                 raise ValueError(f"{path}: has zero bytes, so it is not text; leave it out")
@@ -178,26 +193,23 @@ def read_text(path):
 
 
 def cut(text):
-    """Split text that is longer than PIECE before a space that follows a letter or the like.
-
-    GPT-2's and GPT-4's patterns never join such a space to what is before it, so the pieces have
-    the tokens of the whole. Text without such a space is cut at PIECE characters.
-    """
-    pieces = []
-    while len(text) > PIECE:
-        at = text.rfind(" ", 1, PIECE)
-        while at > 0 and text[at - 1].isspace():
-            at = text.rfind(" ", 1, at)
-        at = at if at > 0 else PIECE
-        pieces.append(text[:at])
-        text = text[at:]
-    return [*pieces, text]
+    """Split text that is longer than PIECE where no token of GPT-2's or GPT-4's patterns can span
+    the cut: before a space that follows none, or white space or punctuation that follows a letter
+    or digit; at PIECE where there is none near. So the pieces have the tokens of the whole."""
+    pieces, start = [], 0
+    while len(text) - start > PIECE:
+        end = start + PIECE
+        if match := SAFE_CUT.match(text, max(start, end - 2**15), end):
+            end = match.end()
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
 
 
 def read_jsonl(path, column):
     """Yield each line's document, in pieces."""
     opened = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as file:
+    with opened(path, "rt", encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
                 if not line.strip():
@@ -210,25 +222,26 @@ def read_jsonl(path, column):
                 yield cut(row[column].encode("utf-8", "replace").decode())  # lone surrogates: ?
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip file ({error})") from error
 
 
 def read_parquet(path, column):
     """Yield each row's document, in pieces."""
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowException
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
 
     try:
-        file = pq.ParquetFile(path)
-    except ArrowException as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
-    if column not in file.schema_arrow.names:
-        raise ValueError(f"{path}: no column {column!r} (it has: "
-                         f"{', '.join(file.schema_arrow.names)}); name it with --text_column=")
-    for batch in file.iter_batches(batch_size=1024, columns=[column]):
-        for text in batch.column(0).to_pylist():
-            yield cut(text or "")
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise ValueError(f"{path}: no column {column!r} (it has: {', '.join(names)}); "
+                                 "name it with --text_column=")
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for text in batch.column(0).cast(pa.large_string()).to_pylist():
+                    yield cut(text or "")
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
 
 
 def survey(pieces, val_fraction, kind):
@@ -266,7 +279,8 @@ def assign(pieces, facts, val_fraction):
 
     A single text is no document among others: nothing in it starts one.
     """
-    position, end_of_train, split = 0, int(facts["characters"] * (1 - val_fraction)), "train"
+    position, split, characters = 0, "train", facts["characters"]
+    end_of_train = min(max(1, int(characters * (1 - val_fraction))), characters - 1)
     for starts, text in pieces:
         starts = starts and facts["documents"] > 1
         if facts["by_document"]:
@@ -283,18 +297,6 @@ def assign(pieces, facts, val_fraction):
 
 
 # ---------------------------------------------------------------------- tokenizers
-
-
-def make_tokenizer(kind, facts):
-    """Return a Tokenizer: bytes, chars (of the surveyed alphabet) or gpt2."""
-    if kind == "bytes":
-        return Tokenizer({"kind": "bytes"})
-    if kind == "chars":
-        return Tokenizer({"kind": "chars", "alphabet": facts["alphabet"],
-                          "documents": facts["documents"] > 1})
-    if kind == "gpt2":
-        return Tokenizer(gpt2_spec())
-    raise ValueError(f"tokenizer={kind!r}: choose bytes, chars or gpt2")
 
 
 def gpt2_spec():
@@ -328,7 +330,7 @@ class Tokenizer:
             size = len(spec["alphabet"])
             self.eot = size if spec["documents"] else None
             self.vocab_size = size + spec["documents"]
-            points = np.array([ord(c) for c in spec["alphabet"]])
+            points = np.array([ord(c) for c in spec["alphabet"]], int)
             self.table = np.full(points.max(initial=0) + 2, -1)  # code point to id; the last: none
             self.table[points] = np.arange(size)
         elif self.kind in ("gpt2", "bpe"):
@@ -361,9 +363,8 @@ class Tokenizer:
         """Return `encode` of each text; byte-pair encoding uses all cores."""
         if self.kind not in ("gpt2", "bpe"):
             return [self.encode(text) for text in texts]
-        threads = os.cpu_count() or 1
-        return [np.array(ids, np.uint32)
-                for ids in self.bpe.encode_ordinary_batch(texts, num_threads=threads)]
+        encoded = self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return [np.array(ids, np.uint32) for ids in encoded]
 
     def encode_prompt(self, text):
         """Return the ids of a prompt, a list, in which <|endoftext|> stands for its token."""
@@ -393,10 +394,11 @@ class Tokenizer:
     def load(cls, folder):
         """Return the Tokenizer that `save` wrote into a dataset's or a checkpoint's folder."""
         path = Path(folder) / "tokenizer.json"
+        spec = load_json(path)
         try:
-            return cls(load_json(path))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a tokenizer ({error} is missing)") from error
+            return cls(spec)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a tokenizer that can be used ({error!r})") from error
 
 
 # ---------------------------------------------------------------------- token files
@@ -404,29 +406,28 @@ class Tokenizer:
 
 def write_splits(folder, paths, text_column, tokenizer, facts, val_fraction, shard_tokens):
     """Tokenize the corpus into both splits' files; return what meta.json says of them."""
-    show, done, queue = progress("tokenizing", facts["bytes"]), 0, []
+    show = progress("tokenizing", facts["bytes"])
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(
-            ShardWriter(folder, split, tokenizer.vocab_size, shard_tokens))
-            for split in ("train", "val")}
-
-        def flush():
-            texts = [text for _, _, text in queue]
-            for (split, starts, text), ids in zip(queue, tokenizer.encode_batch(texts),
-                                                  strict=True):
+        writers = {split: stack.enter_context(ShardWriter(
+            folder, split, tokenizer.vocab_size, shard_tokens)) for split in ("train", "val")}
+        for batch in batches(assign(read_pieces(paths, text_column), facts, val_fraction)):
+            encoded = tokenizer.encode_batch([text for *_, text in batch])
+            for (split, starts, text), ids in zip(batch, encoded, strict=True):
                 writers[split].add(ids, len(text.encode()), tokenizer.eot if starts else None)
-            queue.clear()
-
-        waiting = 0
-        for item in assign(read_pieces(paths, text_column), facts, val_fraction):
-            queue.append(item)
-            waiting += len(item[2])
-            if waiting > 4 * PIECE:
-                flush()
-                done, waiting = done + waiting, 0
-                show(done)
-        flush()
+            show(sum(writer.totals["bytes"] for writer in writers.values()))
         return {split: writer.finish() for split, writer in writers.items()}
+
+
+def batches(items):
+    """Yield lists of `assign`'s items, of about four pieces each: work for several cores."""
+    batch, characters = [], 0
+    for item in items:
+        batch.append(item)
+        characters += len(item[2])
+        if characters >= 4 * PIECE:
+            yield batch
+            batch, characters = [], 0
+    yield batch
 
 
 def progress(what, total=0):

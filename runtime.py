@@ -15,16 +15,19 @@ import torch.distributed as dist
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bfloat16/float16 peak, FLOP/s, by a word of the device's name; the first match counts.
-# From the makers' data sheets, without sparsity.
+# Dense bfloat16/float16 peak of one device, FLOP/s, by words of its name; the first match counts.
+# From the makers' data sheets, without sparsity, with float32 sums.
 PEAK_FLOPS = (
-    ("B200", 2250e12), ("B100", 1750e12), ("H200", 989e12), ("H100 NVL", 835e12),
+    ("B200", 2250e12), ("B100", 1750e12), ("H200 NVL", 835e12), ("H200", 989e12),
+    ("H100 NVL", 835e12),
     ("H100 PCIe", 756e12), ("H100", 989e12), ("GH200", 989e12), ("A100", 312e12),
     ("A800", 312e12), ("A40", 150e12), ("A30", 165e12), ("A10G", 70e12), ("A10", 125e12),
     ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 5090", 210e12),
     ("RTX 4090", 165e12), ("RTX 4080", 97e12), ("RTX 3090", 71e12), ("RTX 3080", 60e12),
-    ("V100", 125e12), ("T4", 65e12), ("MI300X", 1307e12), ("MI250X", 383e12),
+    ("V100-PCIE", 112e12), ("V100", 125e12), ("T4", 65e12), ("MI300X", 1307e12),
+    ("MI250X", 191.5e12),  # one of its two dies, each of which is a device
 )
+OTHER_DEVICE = r" (Ti|SUPER|D|Laptop|Max-Q|MIG)\b|-\d+[ABCQ]$"  # another, or a part of one
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,14 @@ def setup(device="auto", dtype="auto", backend="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before any other use, or each rank fills GPU 0
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    if backend not in ("auto", "nccl", "gloo"):
+        raise ValueError(f"backend={backend!r}: choose auto, nccl or gloo")
     if world_size > 1:
         if backend == "auto":
             backend = "nccl" if device.type == "cuda" else "gloo"
         if backend == "nccl" and device.type != "cuda":
             raise ValueError(f"backend='nccl' needs CUDA, the device is {device.type}; "
                              "use --backend=gloo or auto")
-        if backend not in ("nccl", "gloo"):
-            raise ValueError(f"backend={backend!r}: choose auto, nccl or gloo")
         dist.init_process_group(backend)
     return Runtime(device, dtype, rank, local_rank, world_size)
 
@@ -113,8 +116,8 @@ def pick_device(name, local_rank=None):
     if device.type == "cuda":
         count = torch.cuda.device_count()
         index = device.index or 0 if local_rank is None else local_rank
-        if index >= count:
-            raise ValueError(f"device='cuda:{index}', but torch sees {count} CUDA devices here; "
+        if not 0 <= index < count:
+            raise ValueError(f"device={name!r}, GPU {index}: torch sees {count} CUDA devices here; "
                              "use --device=auto, or as many processes as there are GPUs")
         return torch.device("cuda", index)
     if device.type == "mps" and not has_mps or device.type == "meta":
@@ -138,6 +141,9 @@ def pick_dtype(name, device):
         return torch.bfloat16 if native else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r}: choose auto, {', '.join(DTYPES)}")
+    if device.type == "mps" and name != "float32" and torch.__version__ < (2, 13):
+        raise ValueError(f"dtype={name!r}: on mps torch {torch.__version__} lets a token see later "
+                         "ones (pytorch issue 195910); use --dtype=float32, or torch 2.13")
     return DTYPES[name]
 
 
@@ -156,8 +162,7 @@ def compile_model(model, choice, runtime):
         probe = torch.compile(lambda x: (x * x).sin() + 1)
         probe(torch.ones(8, device=runtime.device))
     except Exception as error:
-        cause = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-        cause = f"{type(error).__name__}: {cause.strip()[:120]}"
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         if choice != "auto":
             raise ValueError(f"compile=True does not work here ({cause}); "
                              "use --compile=False") from error
@@ -171,6 +176,8 @@ def peak_flops(runtime):
     if runtime.device.type != "cuda" or runtime.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(runtime.device)
+    if re.search(OTHER_DEVICE, name):
+        return None
     return next((peak for part, peak in PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
 
 

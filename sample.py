@@ -7,6 +7,7 @@
 
 import codecs
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ import torch
 from configurator import run
 from model import find_checkpoint, load_model
 from prepare import Tokenizer
-from runtime import compile_model, setup
+from runtime import compile_model, seed_for, setup
 
 
 def main(
-    init_from="resume",  # resume: the run in out_dir; or a checkpoint's folder; gpt2, gpt2-xl, ...
+    init_from="resume",  # resume: the run in out_dir; or a checkpoint's folder, gpt2, gpt2-xl, ...
     out_dir="",  # the run's folder ('': the newest run in out/)
     checkpoint="best",  # which of the run's checkpoints: best or latest
     start="\n",  # the prompt; FILE:path reads a file, - standard input; <|endoftext|> is its token
@@ -39,26 +40,25 @@ def main(
     if checkpoint not in ("best", "latest"):
         raise ValueError(f"checkpoint={checkpoint!r}: choose best or latest; for another one give "
                          "its folder with --init_from=")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     runtime = setup(device, dtype)
     prompt = read_prompt(start)
-    if init_from.startswith("gpt2"):
+    if init_from == "resume" or Path(init_from).is_dir():
+        folder = init_from if init_from != "resume" else out_dir or newest_run(Path("out"))
+        folder = find_checkpoint(folder, checkpoint)
+        print(folder, file=sys.stderr)
+        model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    else:
         from hf import load_gpt2
 
         model, tokenizer = load_gpt2(init_from)
-    else:
-        folder = init_from
-        if init_from == "resume":
-            folder = out_dir or newest_run(Path("out"))
-        folder = find_checkpoint(folder, checkpoint)
-        print(f"{folder}", file=sys.stderr)
-        model, tokenizer = load_model(folder), Tokenizer.load(folder)
     ids = tokenizer.encode_prompt(prompt) or [tokenizer.eot]
     if ids == [None]:
         raise ValueError("start='': this model has no token to begin with; give it some text")
     model.to(runtime.device).eval()
     hidden = compile_model(model.hidden, compile, runtime)
     for number in range(num_samples):
-        generator = torch.Generator().manual_seed(seed + number)
+        generator = torch.Generator().manual_seed(seed_for(seed, "sample", number))
         write_text(tokenizer, ids, generate(model, hidden, ids, max_new_tokens, temperature, top_k,
                                             generator, tokenizer, runtime))
         print("---------------", flush=True)
@@ -66,13 +66,12 @@ def main(
 
 def read_prompt(start):
     """Return the prompt: the text itself, a file's (FILE:path) or standard input's (-)."""
-    if start == "-":
-        return sys.stdin.read()
-    if not start.startswith("FILE:"):
+    if start != "-" and not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
     try:
-        return path.read_text(encoding="utf-8")
+        if start == "-":
+            return TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"start={start!r}: cannot be read as UTF-8 text "
                          f"({getattr(error, 'strerror', None) or error})") from error
@@ -93,15 +92,19 @@ def generate(model, hidden, ids, max_new_tokens, temperature, top_k, generator, 
     """Yield new token ids, one at a time, until end of text or max_new_tokens.
 
     hidden: model.hidden, or a compiled one. The last block_size tokens are what the model sees.
-    The drawing is done on the CPU in float32, so that a seed means the same on every device; ids
-    beyond the tokenizer's vocabulary, which only pad the embedding, are never drawn.
+    The drawing is done on the CPU, so that a seed means the same on every device; ids beyond the
+    tokenizer's vocabulary, which only pad the embedding, are never drawn.
     """
     ids = list(ids)
     for _ in range(max_new_tokens):
         seen = torch.tensor([ids[-model.config.block_size:]], device=runtime.device)  # (1, T)
         with runtime.autocast():
             logits = model.head(hidden(seen)[0, -1])  # (V,)
-        token = draw(logits.float().cpu()[:tokenizer.vocab_size], temperature, top_k, generator)
+        logits = logits.float().cpu()[:tokenizer.vocab_size]
+        if not logits.isfinite().all():
+            raise ValueError("the logits are not finite: either training diverged, or "
+                             f"{runtime.dtype} is too narrow for this model; try --dtype=float32")
+        token = draw(logits, temperature, top_k, generator)
         if token == tokenizer.eot:
             return
         ids.append(token)
@@ -110,14 +113,14 @@ def generate(model, hidden, ids, max_new_tokens, temperature, top_k, generator, 
 
 def draw(logits, temperature, top_k, generator):
     """Return one id drawn from logits (V,): softmax of logits / temperature, over the top_k."""
-    if temperature == 0:
+    if temperature == 0 or top_k == 1:
         return int(logits.argmax())
+    logits, ids = logits.double(), torch.arange(len(logits))
     if 0 < top_k < len(logits):
-        least = torch.topk(logits, top_k).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        logits, ids = torch.topk(logits, top_k)
     # subtracting the largest first keeps a tiny temperature from overflowing
     probabilities = torch.softmax((logits - logits.max()) / temperature, 0)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def write_text(tokenizer, prompt_ids, new_ids):

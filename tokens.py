@@ -9,6 +9,7 @@ Ready-made files of that layout, and nanoGPT's headerless {train,val}.bin, are r
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent
 HEADER = 256  # int32 before the tokens
-FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: (version, token type)
+FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): token type
+CHUNK = 1024  # sequences whose starts are worked out, and remembered, at a time
 
 
 def dataset_folder(dataset):
@@ -32,7 +34,7 @@ class ShardWriter:
 
     def __init__(self, folder, split, vocab_size, shard_tokens):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.magic = 20240520 if vocab_size <= 2**16 else 20240801
+        self.format = (20240520, 1) if vocab_size <= 2**16 else (20240801, 7)
         self.file, self.shards = None, []
         self.totals = {"tokens": 0, "bytes": 0, "documents": 0}
 
@@ -49,11 +51,10 @@ class ShardWriter:
 
     def add(self, ids, size, eot=None):
         """Append ids, which stand for `size` bytes of text; eot: the id of a document's start."""
-        version, dtype = FORMATS[self.magic]
         self.totals["documents"] += eot is not None
         self.totals["bytes"] += size
         ids = np.concatenate([[eot], ids]) if eot is not None else ids
-        ids = ids.astype(dtype)
+        ids = ids.astype(FORMATS[self.format])
         while len(ids):
             if self.file is None:
                 self.file, self.count, self.hash = open(self.path("tmp"), "wb"), 0, hashlib.sha256()
@@ -68,7 +69,7 @@ class ShardWriter:
 
     def close_shard(self):
         header = np.zeros(HEADER, "<i4")
-        header[:3] = self.magic, FORMATS[self.magic][0], self.count
+        header[:3] = *self.format, self.count
         self.file.seek(0)
         self.file.write(header.tobytes())
         self.file.flush()
@@ -88,13 +89,13 @@ class ShardWriter:
 
 
 def load_json(path):
-    """Return what a JSON file holds. Raises ValueError where it cannot be read."""
+    """Return the dict that a JSON file holds. Raises ValueError where it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, it is not JSON ({error})") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, it is not a JSON object ({error})") from error
 
 
 def write_aside(path, text):
@@ -113,8 +114,7 @@ def write_aside(path, text):
 class TokenReader:
     """One split of a dataset as one long row of tokens, read piece by piece from its files.
 
-    Reads our files, llm.c's ready-made ones, and nanoGPT's headerless {train,val}.bin. Keeps no
-    tokens: resident memory does not grow with the corpus.
+    It keeps none of them: resident memory does not grow with the corpus.
     """
 
     def __init__(self, dataset, split):
@@ -127,36 +127,35 @@ class TokenReader:
             paths = [self.folder / Path(shard["file"]).name for shard in self.shards]
         else:
             paths = sorted(self.folder.glob(f"*{split}_*.bin")) or [self.folder / f"{split}.bin"]
-        self.files = [(path, *read_header(path)) for path in paths]
-        self.ends = np.cumsum([count for *_, count in self.files])
-        self.tokens = int(self.ends[-1])
-
-    def read(self, start, count):
-        """Return tokens [start, start + count) as int64, across files where needed."""
-        out, filled = np.empty(count, np.int64), 0
-        index = int(np.searchsorted(self.ends, start, side="right"))
-        while filled < count:
-            path, dtype, offset, size = self.files[index]
-            inside = start + filled - (int(self.ends[index]) - size)
-            part = min(count - filled, size - inside)
-            file = open_unbuffered(path)
-            file.seek(offset + inside * dtype.itemsize)
-            raw = file.read(part * dtype.itemsize)
-            if len(raw) < part * dtype.itemsize:
-                raise ValueError(f"{path}: ends before token {inside + part:,}; it was cut short "
-                                 "since the start, prepare it again")
-            out[filled:filled + part] = np.frombuffer(raw, dtype)
-            filled, index = filled + part, index + 1
-        return out
+        self.files, self.firsts, self.tokens = [], [], 0  # firsts: each file's first token
+        for path in paths:
+            self.dtype, offset, count = read_header(path)
+            self.files.append((path, offset, count))
+            self.firsts.append(self.tokens)
+            self.tokens += count
+        # a large corpus has more files than a process may hold open
+        self.open = lru_cache(maxsize=64)(lambda path: open(path, "rb", buffering=0))
 
     def rows(self, starts, length):
         """Return (len(starts), length) int64: `length` tokens from each start."""
-        return np.stack([self.read(int(start), length) for start in starts])
+        raw = b"".join([self.read(start, length) for start in starts.tolist()])
+        return np.frombuffer(raw, self.dtype).reshape(-1, length).astype(np.int64)
 
-
-@lru_cache(maxsize=64)
-def open_unbuffered(path):
-    return open(path, "rb", buffering=0)
+    def read(self, start, count):
+        """Return the bytes of tokens [start, start + count), across files where needed."""
+        assert 0 <= start <= self.tokens - count, "sequence_starts keeps within the split"
+        index, width, raw = bisect_right(self.firsts, start) - 1, self.dtype.itemsize, b""
+        while count:
+            path, offset, size = self.files[index]
+            inside = start - self.firsts[index]
+            part = min(count, size - inside)
+            file = self.open(path)
+            file.seek(offset + inside * width)
+            if len(piece := file.read(part * width)) < part * width:
+                raise ValueError(f"{path}: ends before token {inside + part:,}; it was cut short "
+                                 "since the start, prepare it again")
+            raw, start, count, index = raw + piece, start + part, count - part, index + 1
+        return raw
 
 
 def load_meta(dataset):
@@ -169,7 +168,9 @@ def load_meta(dataset):
     if (folder / "UNFINISHED").exists():
         raise ValueError(f"{folder}: its preparation did not finish; run {command}")
     if (folder / "meta.json").is_file():
-        return load_json(folder / "meta.json")
+        if "splits" in (meta := load_json(folder / "meta.json")):
+            return meta
+        raise ValueError(f"{folder} is not a dataset's folder; run {command}")
     if not any(folder.glob("*train*.bin")):
         raise ValueError(f"{folder}: no token files here; prepare them with {command}")
     if (folder / "meta.pkl").exists():
@@ -183,21 +184,20 @@ def read_header(path):
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(4 * HEADER), "<i4", count=-1 if size >= 1024 else 0)
+            header = np.frombuffer(file.read(4 * HEADER) if size >= 4 * HEADER else b"", "<i4")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; prepare the dataset again") from error
-    if len(header) == HEADER and int(header[0]) in FORMATS:
-        version, dtype = FORMATS[int(header[0])]
-        dtype, offset, count = np.dtype(dtype), 4 * HEADER, int(header[2])
-        if header[1] != version or size != offset + count * dtype.itemsize:
-            raise ValueError(f"{path}: its header promises {count:,} tokens, the file has "
-                             f"{(size - offset) // dtype.itemsize:,}; prepare the dataset again")
-    elif path.name in ("train.bin", "val.bin"):  # nanoGPT's: tokens alone
-        dtype, offset, count = np.dtype("<u2"), 0, size // 2
-    else:
-        raise ValueError(f"{path}: not a token file (no header); prepare the dataset again")
-    if not count:
-        raise ValueError(f"{path}: has no tokens; prepare the dataset again")
+    magic, version, count = header[:3].tolist() or (0, 0, 0)
+    dtype, offset = FORMATS.get((magic, version)), 4 * HEADER
+    if not dtype and path.name not in ("train.bin", "val.bin"):
+        raise ValueError(f"{path}: not a token file, or not of a version that is known "
+                         f"(magic {magic}, version {version}); prepare the dataset again")
+    if not dtype:  # nanoGPT's: tokens alone
+        dtype, offset, count = "<u2", 0, size // 2
+    dtype = np.dtype(dtype)
+    if not count or size != offset + count * dtype.itemsize:
+        raise ValueError(f"{path}: should have {count:,} tokens and has "
+                         f"{(size - offset) / dtype.itemsize:,.12g}; prepare the dataset again")
     return dtype, offset, count
 
 
@@ -206,23 +206,28 @@ def sequence_starts(sequences, tokens, block_size, seed):
 
     sequences: (n,) numbers of sequences, counted from the start of the run. In each epoch the
     split is cut into blocks of block_size (from another first token each time, so that the cuts
-    move), and each block comes once, in an order that depends on the seed and the epoch alone. No
-    state to save, no memory that grows with the corpus.
+    move), and each block comes once, in an order that depends on the seed and the epoch alone.
     """
     if tokens <= block_size:
         raise ValueError(f"block_size={block_size} needs {block_size + 1:,} tokens, the training "
                          f"split has {tokens:,}; use a smaller --block_size or more text")
-    sequences = np.asarray(sequences, np.int64)
     blocks = max(1, tokens // block_size - 1)
+    starts = []
+    for number in sequences.tolist():
+        epoch, block = divmod(number, blocks)
+        chunk = starts_of_chunk(epoch, block // CHUNK, blocks, tokens, block_size, seed)
+        starts.append(chunk[block % CHUNK])
+    return np.array(starts, np.int64)
+
+
+@lru_cache(maxsize=8)
+def starts_of_chunk(epoch, chunk, blocks, tokens, block_size, seed):
+    """Return the starts of an epoch's sequences [chunk * CHUNK, (chunk + 1) * CHUNK), a list."""
+    key = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=32).digest()
     slack = tokens - blocks * block_size  # how many first tokens are possible
-    starts = np.empty_like(sequences)
-    for epoch in np.unique(sequences // blocks):
-        here = sequences // blocks == epoch
-        key = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=32).digest()
-        phase = int.from_bytes(key[:8], "little") % min(block_size, slack)
-        block = permute(sequences[here] % blocks, blocks, key)
-        starts[here] = phase + block * block_size
-    return starts
+    phase = int.from_bytes(key[:8], "little") % min(block_size, slack)
+    order = permute(np.arange(chunk * CHUNK, min(chunk * CHUNK + CHUNK, blocks)), blocks, key)
+    return (phase + order * block_size).tolist()
 
 
 def permute(i, n, key):
@@ -231,15 +236,12 @@ def permute(i, n, key):
     A four-round Feistel network over the next even number of bits, walked along its cycle until it
     falls below n (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). key: 32 bytes.
     """
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    half = np.uint64(half)
-    round_keys = np.frombuffer(key, "<u8")
-    out = np.asarray(i, np.uint64).copy()
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    half, mask, out = np.uint64(bits), np.uint64(2**bits - 1), np.array(i, np.uint64)
     todo = np.ones(len(out), bool)
     while todo.any():
         left, right = out[todo] >> half, out[todo] & mask
-        for round_key in round_keys:
+        for round_key in np.frombuffer(key, "<u8"):
             mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ (mixed >> np.uint64(32)) & mask

@@ -1,0 +1,183 @@
+"""hf.py: models that transformers has saved, and what is not one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hf
+import sample
+from model import load_model
+from prepare import Tokenizer, gpt2_spec
+from tokens import load_json
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(hf.__file__).parent
+V, BLOCK = 11, 13
+
+
+def save_theirs(folder, vocab_size=V, **changes):
+    """Save a tiny GPT-2 whose every parameter is random, as transformers does; return it."""
+    torch.manual_seed(1)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{
+        "vocab_size": vocab_size, "n_positions": BLOCK, "n_embd": 21, "n_layer": 2, "n_head": 3,
+        "bos_token_id": 0, "eos_token_id": 0, **changes})).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def read(folder, **settings):
+    return hf.read_gpt2(folder / "config.json", folder / "model.safetensors", **settings)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps({**load_json(path), **changes}))
+
+
+@pytest.fixture(scope="module")
+def gpt2_tokenizer():
+    try:
+        return Tokenizer(gpt2_spec())
+    except ValueError as error:
+        pytest.skip(f"needs tiktoken's gpt2 files ({error})")
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(V, (2, BLOCK), generator=torch.Generator().manual_seed(3))
+
+
+def test_a_saved_model_has_the_same_logits(tmp_path, tokens):
+    theirs = save_theirs(tmp_path)
+    ours = read(tmp_path).eval()
+    torch.testing.assert_close(ours.logits(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert ours.config.bias and ours.config.dropout == 0.0
+    assert read(tmp_path, dropout=0.5).transformer.h[1].attn.dropout == 0.5
+
+
+def test_the_published_files_keys_are_accepted(tmp_path, tokens):
+    """OpenAI's four lack the prefix and carry the causal mask; some files carry the head too."""
+    theirs = save_theirs(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {key.removeprefix("transformer."): p for key, p in load_file(path).items()}
+    assert "h.1.mlp.c_fc.weight" in weights
+    for i in range(2):
+        weights[f"h.{i}.attn.bias"] = torch.tril(torch.ones(1, 1, BLOCK, BLOCK))
+        weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    weights["lm_head.weight"] = weights["wte.weight"].clone()
+    save_file(weights, path)
+    assert torch.equal(read(tmp_path).eval().logits(tokens), read(tmp_path).logits(tokens))
+    torch.testing.assert_close(read(tmp_path).eval().logits(tokens), theirs(tokens).logits,
+                               rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    theirs = save_theirs(tmp_path).bfloat16()
+    theirs.save_pretrained(tmp_path)
+    model = read(tmp_path)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight.float())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model_type": "llama"}, "config.json: model_type='llama', GPT-2 has 'gpt2'"),
+    ({"activation_function": "gelu"}, "activation_function='gelu', GPT-2 has 'gelu_new'"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, GPT-2 has 1e-05"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ({"scale_attn_weights": False}, "scale_attn_weights=False, GPT-2 has True"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings=False, GPT-2 has True"),
+    ({"n_embd": 42}, r"model.safetensors: the weights are another model's .*\[11, 42\]"),
+    ({"n_layer": 3}, "another model's .*Missing key.*h.2"),
+    ({"n_head": 4}, "n_embd=21 is not divisible by n_head=4"),
+    ({"n_layer": 0}, "n_layer=0: must be 1 or more"),
+])
+def test_settings_of_another_model_are_refused(change, message, tmp_path):
+    save_theirs(tmp_path)
+    change_json(tmp_path / "config.json", **change)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), [
+    ("config.json", Path.unlink, "config.json: No such file"),
+    ("config.json", lambda path: path.write_text("{"), "config.json: damaged, it is not"),
+    ("config.json", lambda path: path.write_text("[1]"), "config.json: damaged, it is not"),
+    ("config.json", lambda path: path.write_text("{}"), "config.json: model_type=None"),
+    ("config.json", lambda path: path.write_text('{"model_type": "gpt2"}'), "'n_positions'"),
+    ("model.safetensors", Path.unlink, "saved: not a GPT-2 .*No such file"),
+    ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100]),
+     "saved: not a GPT-2 that transformers saved as safetensors .SafetensorError"),
+    ("model.safetensors", lambda path: save_file({}, path), "another model's .*Missing key"),
+    ("model.safetensors", lambda path: save_file({"h.0.mlp.c_fc.weight": torch.ones(2, 3, 5)},
+                                                 path), "another model's"),
+])
+def test_damaged_files_are_refused_by_name(file, damage, message, tmp_path):
+    save_theirs(tmp_path / "saved")
+    damage(tmp_path / "saved" / file)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "saved")
+
+
+def test_a_name_that_is_neither_published_nor_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="gpt3: neither a folder nor one of gpt2, gpt2-medium, g"):
+        hf.load_gpt2("gpt3")
+    with pytest.raises(ValueError, match="init_from='gpt3': choose gpt2, gpt2-medium"):
+        hf.gpt2_sizes("gpt3")
+
+
+def test_another_vocabulary_is_refused(tmp_path, gpt2_tokenizer):
+    save_theirs(tmp_path)
+    with pytest.raises(ValueError, match="a vocabulary of 11 tokens is not GPT-2's 50,257"):
+        hf.load_gpt2(str(tmp_path))
+
+
+def test_the_source_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_theirs(tmp_path / "out" / "mine")
+    before = (tmp_path / "out/mine/model.safetensors").read_bytes()
+    for settings in ({"source": "out/mine"}, {"source": "out/mine", "out_dir": "out/../out/mine"}):
+        with pytest.raises(ValueError, match="is the source, which would be lost"):
+            hf.main(**settings)
+    assert (tmp_path / "out/mine/model.safetensors").read_bytes() == before
+
+
+def script(name, *flags, cwd, **environment):
+    return subprocess.run([sys.executable, ROOT / name, *flags], cwd=cwd, timeout=120,
+                          capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_a_saved_model_becomes_a_checkpoint_to_sample_from(tmp_path, gpt2_tokenizer, capsys):
+    theirs = save_theirs(tmp_path / "theirs", vocab_size=50257)
+    done = script("hf.py", "--source=theirs", "--out_dir=mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mine: ")
+    assert done.stdout.endswith("sample from it with python sample.py --init_from=mine\n")
+    model = load_model(tmp_path / "mine").eval()
+    ids = gpt2_tokenizer.encode_prompt("Hello there")
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(torch.tensor([ids])),
+                                   theirs(torch.tensor([ids])).logits, rtol=1e-5, atol=1e-5)
+        for _ in range(BLOCK + 2 - len(ids)):
+            ids.append(int(theirs(torch.tensor([ids[-BLOCK:]])).logits[0, -1].argmax()))
+    sample.main(init_from=str(tmp_path / "mine"), start="Hello there", num_samples=1, device="cpu",
+                max_new_tokens=BLOCK, temperature=0.0, dtype="float32")
+    assert capsys.readouterr().out.startswith(gpt2_tokenizer.decode(ids))
+
+
+def test_offline_gpt2_ends_in_one_line_and_exit_code_2(tmp_path):
+    done = script("hf.py", "--source=gpt2", cwd=tmp_path, HF_HUB_OFFLINE="1",
+                  HF_HOME=str(tmp_path / "empty"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: gpt2 cannot be downloaded (")
+    assert done.stderr.endswith("give its folder: python hf.py --source=FOLDER\n")
+    assert not list(tmp_path.glob("out/*"))

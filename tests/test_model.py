@@ -1,0 +1,543 @@
+"""model.py: against two other implementations, its shape comments, its properties, its files."""
+
+import ast
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import sys
+import tokenize
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import hf
+import model as model_file
+from model import GPT, IGNORE, GPTConfig, find_checkpoint, from_weights, load_model, save_weights
+
+B, T, H, D, V = 2, 5, 3, 7, 11
+C, LAYERS, BLOCK = H * D, 2, 13
+CONFIG = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=LAYERS, n_head=H, n_embd=C)
+
+
+def make(seed=1, spread=0.3, **changes):
+    """A tiny GPT whose every parameter, biases and LayerNorms too, is random and matters."""
+    model = GPT(replace(CONFIG, **changes), torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(spread * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def batch(length=T, vocab_size=V, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (B, length + 1), generator=generator)
+    return tokens[:, :-1].clone(), tokens[:, 1:].clone()
+
+
+# ---------------------------------------------------------------------- other implementations
+
+
+@pytest.mark.parametrize("length", [T, BLOCK])
+def test_logits_and_gradients_are_those_of_transformers_gpt2(length, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=V, n_positions=BLOCK, n_embd=C, n_layer=LAYERS, n_head=H, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        attn_implementation="eager")).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    theirs.save_pretrained(tmp_path)
+    ours = hf.read_gpt2(tmp_path / "config.json", tmp_path / "model.safetensors").eval()
+    tokens, targets = batch(length)
+
+    their_logits = theirs(tokens).logits
+    torch.testing.assert_close(ours.logits(tokens), their_logits, rtol=1e-5, atol=1e-5)
+    F.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()
+    (ours(tokens, targets).sum() / targets.numel()).backward()
+    expected = dict(hf.translate(key, p.grad) for key, p in theirs.named_parameters())
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    assert len(gradients) == 12 * LAYERS + 4
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 1e-5, name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def reference_logits(weights, tokens):
+    """GPT-2 without biases for one row of tokens, a head and a position at a time."""
+    def norm(x, gain):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True)
+                                                 + 1e-5).sqrt() * gain
+
+    w = {name.removeprefix("transformer."): p for name, p in weights.items()}
+    x = torch.stack([w["wte.weight"][token] + w["wpe.weight"][t]
+                     for t, token in enumerate(tokens.tolist())])
+    for i in range(LAYERS):
+        h = norm(x, w[f"h.{i}.ln_1.weight"]) @ w[f"h.{i}.attn.c_attn.weight"].T
+        heads = torch.zeros(len(tokens), C, dtype=x.dtype)
+        for n in range(H):
+            q, k, v = (h[:, part * C + n * D:part * C + (n + 1) * D] for part in range(3))
+            for t in range(len(tokens)):
+                weight = torch.exp(torch.stack([q[t] @ k[s] / math.sqrt(D) for s in range(t + 1)]))
+                heads[t, n * D:(n + 1) * D] = (weight / weight.sum()) @ v[:t + 1]
+        x = x + heads @ w[f"h.{i}.attn.c_proj.weight"].T
+        h = norm(x, w[f"h.{i}.ln_2.weight"]) @ w[f"h.{i}.mlp.c_fc.weight"].T
+        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        x = x + h @ w[f"h.{i}.mlp.c_proj.weight"].T
+    return norm(x, w["ln_f.weight"]) @ w["wte.weight"].T
+
+
+def test_without_biases_the_logits_are_those_of_a_reference_in_plain_loops():
+    model = make(bias=False).double()
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    tokens, _ = batch(BLOCK)
+    with torch.no_grad():
+        logits = model.logits(tokens)
+        for row in range(B):
+            expected = reference_logits(model.state_dict(), tokens[row])
+            torch.testing.assert_close(logits[row], expected, rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------------- the shape comments
+
+TRACED = ("forward", "hidden", "head", "logits")
+
+
+def check_shape_comments(path, module):
+    """Trace a forward pass; return (numbers of the lines whose comment was right, complaints)."""
+    source = path.read_text(encoding="utf-8")
+    comments = {token.start[0]: token.string for token in tokenize.generate_tokens(
+        io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    statements = {}  # first line: the assignment or return
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef) and function.name in TRACED:
+            for node in ast.walk(function):
+                if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return)):
+                    for line in range(node.lineno, node.end_lineno + 1):
+                        statements[line] = node
+    sizes = {"B": B, "T": T, "H": H, "D": D, "C": C, "V": V}
+    reached, right, complaints = set(), set(), {}  # complaints: a set in order
+
+    def check(node, values):
+        reached.add(node.lineno)
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if not tensors:
+            return
+        found = re.search(r"# (?:each )?\(([^()]+)\)", comments.get(node.end_lineno, ""))
+        if not found:
+            complaints[f"line {node.lineno} makes a tensor and has no shape comment"] = True
+            return
+        wanted = [part.strip() for part in found[1].split(",") if part.strip()]
+        for tensor in tensors:
+            shape = list(tensor.shape)
+            if wanted[0] == "...":
+                shape = ["...", *shape[len(shape) - len(wanted) + 1:]]
+            if shape != [part if part == "..." else eval(part, {}, sizes) for part in wanted]:
+                complaints[f"line {node.lineno}: {found[0]} is {tuple(tensor.shape)}"] = True
+                return
+        right.add(node.lineno)
+
+    def trace_call(frame, event, arg):
+        if frame.f_code.co_filename != str(path) or frame.f_code.co_name not in TRACED:
+            return None
+        running = None
+
+        def trace_line(frame, event, arg):
+            nonlocal running
+            node = statements.get(frame.f_lineno) if event == "line" else None
+            if running is not None and node is not running:
+                if isinstance(running, ast.Return):
+                    values = [arg]
+                else:
+                    targets = getattr(running, "targets", None) or [running.target]
+                    names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+                    values = [frame.f_locals[name] for name in names]
+                check(running, values)
+            if event == "line":
+                running = node
+            return trace_line
+
+        return trace_line
+
+    gpt = module.GPT(module.GPTConfig(**asdict(CONFIG)))
+    tokens, targets = batch()
+    before = sys.gettrace()
+    sys.settrace(trace_call)
+    try:
+        gpt(tokens, targets)
+    finally:
+        sys.settrace(before)
+    for node in set(statements.values()):  # those that the forward pass did not come by
+        if node.lineno not in reached:
+            complaints[f"line {node.lineno} was not reached"] = True
+    return right, list(complaints)
+
+
+def test_every_shape_comment_of_the_forward_pass_is_right():
+    assert len({B, T, H, D, C, V, 3 * C, 4 * C, B * T}) == 9  # or a wrong one could pass
+    right, complaints = check_shape_comments(Path(model_file.__file__), model_file)
+    assert not complaints
+    assert len(right) >= 12
+
+
+@pytest.mark.parametrize(("old", "new", "complaint"), [
+    ("# (B, T, 3*C)", "# (B, T, C)", "(B, T, C) is (2, 5, 63)"),
+    ("# each (B, H, T, D)", "# each (B, T, H, D)", "(B, T, H, D) is (2, 3, 5, 7)"),
+    ("# (B*T,)", "# (B, T)", "(B, T) is (10,)"),
+    ("# (..., V)", "# (..., C)", "(..., C) is (2, 5, 11)"),
+    ("# (T,)", "# positions", "no shape comment"),
+    ("return self.head(self.hidden(tokens))  # (B, T, V)",
+     "return self.head(self.hidden(tokens))", "no shape comment"),
+])
+def test_a_wrong_or_missing_shape_comment_is_found(old, new, complaint, tmp_path, monkeypatch):
+    source = Path(model_file.__file__).read_text(encoding="utf-8")
+    assert old in source
+    path = tmp_path / "model_with_an_error.py"
+    path.write_text(source.replace(old, new, 1), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    _, complaints = check_shape_comments(path, module)
+    assert len(complaints) == 1
+    assert complaint in complaints[0]
+
+
+# ---------------------------------------------------------------------- the first weights
+
+
+def test_the_first_loss_is_near_the_logarithm_of_the_vocabulary():
+    model = GPT(replace(CONFIG, vocab_size=101), torch.Generator().manual_seed(1))
+    assert abs(model(*batch(BLOCK, 101)).mean().item() - math.log(101)) < 0.05
+
+
+def test_first_weights_have_gpt2s_deviations():
+    config = replace(CONFIG, n_embd=105, n_head=5, n_layer=3, block_size=53, vocab_size=211)
+    model = GPT(config, torch.Generator().manual_seed(1))
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            expected = 0.02 / math.sqrt(2 * 3)
+        elif p.dim() == 2:
+            expected = 0.02
+        else:
+            assert (p == (0.0 if name.endswith("bias") else 1.0)).all(), name
+            continue
+        assert p.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * p.numel())), name
+        assert abs(p.mean().item()) < 4 * expected / math.sqrt(p.numel()), name
+
+
+def test_a_seed_fixes_the_first_weights():
+    a, b, c = (GPT(CONFIG, torch.Generator().manual_seed(seed)).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["transformer.wte.weight"], c["transformer.wte.weight"])
+
+
+# ---------------------------------------------------------------------- properties
+
+
+def test_a_token_changes_no_earlier_logit():
+    model = make()
+    tokens, _ = batch(BLOCK)
+    before = model.logits(tokens)
+    for t in range(BLOCK):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % V
+        after = model.logits(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.isclose(after[:, t], before[:, t]).all(-1).any()
+
+
+def test_losses_are_per_token_and_ignored_targets_have_none():
+    model = make()
+    tokens, targets = batch()
+    targets[0, 1] = targets[1, 4] = IGNORE
+    losses = model(tokens, targets)
+    assert losses.shape == (B, T) and losses.dtype == torch.float32
+    assert losses[0, 1] == losses[1, 4] == 0
+    assert (losses != 0).sum() == B * T - 2
+    logits = model.logits(tokens)
+    for b, t in ((0, 0), (1, 3)):
+        expected = -torch.log_softmax(logits[b, t], 0)[targets[b, t]]
+        torch.testing.assert_close(losses[b, t], expected)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    torch.testing.assert_close(losses.sum() / (targets != IGNORE).sum(), expected)
+
+
+def test_the_embedding_is_the_head_and_learns_from_both_uses():
+    model = make()
+    assert [p.shape for p in model.parameters()].count((V, C)) == 1
+    tokens, targets = batch()
+    wte = model.transformer.wte.weight
+
+    def gradient(hidden, matrix):
+        logits = F.linear(hidden, matrix).flatten(0, 1)
+        return torch.autograd.grad(F.cross_entropy(logits, targets.flatten()), wte)[0]
+
+    hidden = model.hidden(tokens)
+    whole, = torch.autograd.grad(model(tokens, targets).mean(), wte)
+    as_head, as_embedding = gradient(hidden.detach(), wte), gradient(hidden, wte.detach())
+    assert as_head.abs().max() > 1e-3 and as_embedding.abs().max() > 1e-3
+    torch.testing.assert_close(whole, as_head + as_embedding)
+
+
+@pytest.mark.parametrize("path", ["losses", "logits", "hidden"])
+def test_dropout_acts_in_training_and_never_in_evaluation(path):
+    with_dropout, without = make(dropout=0.5), make()
+    tokens, targets = batch()
+    run = {"losses": lambda m: m(tokens, targets), "logits": lambda m: m.logits(tokens),
+           "hidden": lambda m: m.hidden(tokens)}[path]
+    first, second = run(with_dropout), run(with_dropout)
+    assert not torch.equal(first, second)
+    with_dropout.eval()
+    first, second = run(with_dropout), run(with_dropout)
+    assert torch.equal(first, second)
+    assert torch.equal(first, run(without.eval()))
+
+
+def test_dropout_is_in_gpt2s_places(monkeypatch):
+    """The embedding, attention's weights, and both outputs of each block."""
+    calls = []
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, dropout_p, **k: (
+        calls.append(("attention", dropout_p)), attention(*a, dropout_p=dropout_p, **k))[1])
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: (
+        calls.append(("dropout", p if training else 0.0)), dropout(x, p, training))[1])
+    model = make(dropout=0.5)
+    for mode, p in (("train", 0.5), ("eval", 0.0)):
+        calls.clear()
+        getattr(model, mode)()
+        model.logits(batch()[0])
+        block = [("attention", p), ("dropout", p), ("dropout", p)]
+        assert calls == [("dropout", p), *block * LAYERS]
+
+
+def test_bfloat16_autocast_is_close_to_float32():
+    model = make(spread=0.1)
+    tokens, targets = batch(BLOCK)
+    expected = model(tokens, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, losses = model.logits(tokens), model(tokens, targets)
+    assert logits.dtype == torch.bfloat16 and losses.dtype == torch.float32
+    assert not torch.equal(losses, expected)
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.05)
+    losses = model.bfloat16()(tokens, targets)  # without autocast: all but the loss in bfloat16
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=0.05, atol=0.1)
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+def test_a_sequence_beyond_block_size_is_refused_with_both_numbers():
+    model = make()
+    assert model.logits(batch(BLOCK)[0]).shape == (B, BLOCK, V)
+    for run in (model.logits, model.hidden, lambda tokens: model(tokens, tokens)):
+        with pytest.raises(ValueError, match=f"{BLOCK + 1} tokens.*block_size={BLOCK}"):
+            run(batch(BLOCK + 1)[0])
+
+
+def test_crop_block_size():
+    config = replace(CONFIG)
+    model, other = GPT(config, torch.Generator().manual_seed(1)), GPT(config)
+    tokens, targets = batch(T)
+    before = model.logits(tokens)
+    model.crop_block_size(T)
+    assert torch.equal(model.logits(tokens), before)
+    assert model.transformer.wpe.weight.shape == (T, C)
+    assert model.config.block_size == T
+    assert other.config.block_size == config.block_size == BLOCK  # one config, two models
+    model(tokens, targets).sum().backward()
+    assert model.transformer.wpe.weight.grad.abs().min() > 0
+    with pytest.raises(ValueError, match=f"6 tokens.*block_size={T}"):
+        model.logits(batch(T + 1)[0])
+    for wrong in (0, T + 1):
+        with pytest.raises(ValueError, match=f"block_size={wrong}.*1 to {T}"):
+            model.crop_block_size(wrong)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"n_head": 4}, "n_embd=21 is not divisible by n_head=4.* is 3$"),
+    ({"n_head": 17}, "n_embd=21 is not divisible by n_head=17.* is 21$"),
+    ({"block_size": 0}, "block_size=0: must be"),
+    ({"vocab_size": 0}, "vocab_size=0: must be"),
+    ({"n_layer": -1}, "n_layer=-1: must be"),
+    ({"n_head": 0}, "n_head=0: must be"),
+    ({"n_embd": 0}, "n_embd=0: must be"),
+    ({"n_layer": 2.5}, "n_layer=2.5: must be 1 or more, a whole number"),
+    ({"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
+    ({"dropout": -0.1}, "dropout=-0.1: must be at least 0 and below 1"),
+    ({"dropout": math.nan}, "dropout=nan"),
+])
+def test_impossible_sizes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(("name", "total"), [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
+    ("gpt2-xl", 1_557_611_200)])
+def test_parameter_counts_are_the_published_ones(name, total):
+    sizes = hf.gpt2_sizes(name)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50257, **sizes))
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert model.parameter_count() == total - 1024 * sizes["n_embd"]
+
+
+def test_flops_per_token_of_gpt2():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert model.flops_per_token() == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+
+
+# ---------------------------------------------------------------------- files
+
+
+def write_checkpoint(folder, model):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder)
+    (folder / "meta.json").write_text(json.dumps({"model": asdict(model.config), "iter_num": 7}))
+    return folder
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_written_weights_are_read_back(bias, tmp_path):
+    model = make(bias=bias, dropout=0.1)
+    folder = write_checkpoint(tmp_path / "iter_000007", model)
+    for loaded, dropout in ((load_model(folder), 0.0), (load_model(str(folder), 0.3), 0.3)):
+        assert loaded.config == replace(model.config, dropout=dropout)
+        assert loaded.transformer.h[0].mlp.dropout == dropout
+        state, expected = loaded.state_dict(), model.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+        assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+
+
+def test_a_cropped_model_is_read_back(tmp_path):
+    model = make()
+    model.crop_block_size(T)
+    assert load_model(write_checkpoint(tmp_path, model)).config.block_size == T
+
+
+def test_a_models_weights_do_not_follow_the_file(tmp_path):
+    """safetensors maps the file: without a copy the model would change when the file does."""
+    folder = write_checkpoint(tmp_path, make(n_embd=210, vocab_size=101))
+    path = folder / "model.safetensors"
+    model = load_model(folder)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert model.transformer.wte.weight.abs().min() > 0
+
+
+def test_half_precision_files_become_float32(tmp_path):
+    model = make()
+    folder = write_checkpoint(tmp_path, model)
+    save_file({name: p.bfloat16() for name, p in model.state_dict().items()},
+              folder / "model.safetensors")
+    loaded = load_model(folder)
+    for name, p in loaded.named_parameters():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, model.get_parameter(name).bfloat16().float())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_weights_are_as_readable_as_their_folder(tmp_path):
+    for mode in (0o755, 0o700):
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        save_weights(make(), folder)
+        assert (folder / "model.safetensors").stat().st_mode & 0o777 == mode & 0o666
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(("file", "damage", "reason"), [
+    ("model.safetensors", Path.unlink, "No such file"),
+    ("model.safetensors", cut_short, "SafetensorError"),
+    ("model.safetensors", lambda path: path.write_bytes(b""), "SafetensorError"),
+    ("model.safetensors", lambda path: path.write_bytes(b"\x80\x02}q\x00."), "SafetensorError"),
+    ("meta.json", Path.unlink, "No such file"),
+    ("meta.json", lambda path: path.write_text(path.read_text()[:40]), "JSONDecodeError"),
+    ("meta.json", lambda path: path.write_bytes(b"\xff\xff"), "UnicodeDecodeError"),
+    ("meta.json", lambda path: path.write_text("[]"), "TypeError"),
+    ("meta.json", lambda path: path.write_text("{}"), "KeyError: 'model'"),
+    ("meta.json", lambda path: path.write_text('{"model": {"n_layers": 2}}'), "n_layers"),
+    ("meta.json", lambda path: path.write_text('{"model": {"n_layer": "2"}}'), "n_layer=2"),
+])
+def test_damaged_checkpoints_are_refused_by_name(file, damage, reason, tmp_path):
+    folder = write_checkpoint(tmp_path / "iter_000007", make())
+    damage(folder / file)
+    with pytest.raises(ValueError, match=f"iter_000007: not a checkpoint.*{reason}"):
+        load_model(folder)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    folder = write_checkpoint(tmp_path / "iter_000007", make())
+    save_weights(make(vocab_size=V + 2), folder)
+    with pytest.raises(ValueError, match=r"iter_000007.*another model's.*wte.*\[13, 21\]"):
+        load_model(folder)
+    save_weights(make(bias=False), folder)
+    with pytest.raises(ValueError, match="iter_000007.*another model's.*Missing key.*bias"):
+        load_model(folder)
+    weights = {**make().state_dict(), "extra": torch.ones(2)}
+    with pytest.raises(ValueError, match="some place.*Unexpected key.*extra"):
+        from_weights(CONFIG, weights, "some place")
+
+
+def test_a_bad_dropout_is_not_blamed_on_the_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="^dropout=1.0: must be"):
+        load_model(write_checkpoint(tmp_path, make()), dropout=1.0)
+
+
+def test_find_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    newest, best = (write_checkpoint(run / name, make()) for name in ("iter_000009", "iter_000007"))
+    with pytest.raises(ValueError, match="run: no checkpoint here.*latest is missing.*--out_dir="):
+        find_checkpoint(run)
+    (run / "latest").write_text("iter_000009\n")
+    (run / "best").write_text("iter_000007\n")
+    assert find_checkpoint(run) == find_checkpoint(str(run), "latest") == newest
+    assert find_checkpoint(run, "best") == best
+    assert find_checkpoint(newest, "best") == newest  # a checkpoint's own folder
+    with pytest.raises(ValueError, match="nowhere: no checkpoint here"):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("pointer", ["iter_000011\n", "", "\n", "..", "../..", "../y", "\xff"])
+def test_a_pointer_to_nothing_or_outside_is_refused(pointer, tmp_path):
+    run = tmp_path / "run"
+    write_checkpoint(run / "iter_000007", make())
+    write_checkpoint(tmp_path / "y", make())
+    write_checkpoint(tmp_path, make())
+    (run / "latest").write_text(pointer, encoding="latin-1")
+    with pytest.raises(ValueError, match="latest names '.*', which is not there"):
+        find_checkpoint(run)
+
+
+def test_a_pointer_with_a_path_stays_in_the_folder(tmp_path):
+    run = tmp_path / "run"
+    inside = write_checkpoint(run / "x", make())
+    write_checkpoint(tmp_path / "x", make())
+    (run / "latest").write_text("../x")
+    assert find_checkpoint(run) == inside
+
+
+def test_the_weights_file(tmp_path):
+    """The weights are a plain safetensors file with nanoGPT's names."""
+    save_weights(make(), tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {"transformer.wte.weight", "transformer.h.1.attn.c_attn.bias"} <= names
+    assert "lm_head.weight" not in names

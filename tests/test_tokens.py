@@ -1,0 +1,375 @@
+"""tokens.py: what is written is what is read, damage is named, the order is a pure function."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tokens
+from tokens import TokenReader, permute, read_header, sequence_starts
+
+ROOT = Path(tokens.__file__).parent
+
+
+def llmc_file(path, ids, magic=20240520, version=1, count=None, dtype="<u2"):
+    """Write a token file in llm.c's layout, independently of ShardWriter."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids).astype(dtype).tobytes())
+
+
+def everything(reader):
+    return reader.rows(np.array([0]), reader.tokens)[0].tolist()
+
+
+@pytest.fixture
+def ready_made(tmp_path):
+    """A folder with ready-made FineWeb shards: two for training, one for validation."""
+    llmc_file(tmp_path / "fineweb_train_000001.bin", range(100, 150))
+    llmc_file(tmp_path / "fineweb_train_000002.bin", range(200, 230))
+    llmc_file(tmp_path / "fineweb_val_000000.bin", range(300, 340))
+    return tmp_path
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("vocab_size, dtype, start", [
+    (50257, "<u2", (20240520, 1)), (65536, "<u2", (20240520, 1)), (65537, "<u4", (20240801, 7))])
+def test_what_is_written_is_what_is_read(tmp_path, vocab_size, dtype, start):
+    ids = np.random.default_rng(7).integers(0, vocab_size, 1000)
+    ids[:2] = 0, vocab_size - 1
+    with tokens.ShardWriter(tmp_path, "train", vocab_size, shard_tokens=300) as writer:
+        for part in np.split(ids, [1, 5, 290, 310, 950]):
+            writer.add(part, size=3 * len(part))
+        info = writer.finish()
+    paths = sorted(tmp_path.iterdir())
+    assert [path.name for path in paths] == [f"train_00000{i}.bin" for i in range(4)]
+    assert info == {"tokens": 1000, "bytes": 3000, "documents": 0, "shards": [
+        {"file": path.name, "tokens": count,
+         "sha256": hashlib.sha256(path.read_bytes()[1024:]).hexdigest()}
+        for path, count in zip(paths, (300, 300, 300, 100), strict=True)]}
+    for path, part in zip(paths, np.split(ids, [300, 600, 900]), strict=True):
+        header = np.frombuffer(path.read_bytes()[:1024], "<i4")
+        assert header.tolist() == [*start, len(part)] + [0] * 253
+        assert np.frombuffer(path.read_bytes()[1024:], dtype).tolist() == part.tolist()
+
+    reader = TokenReader(f"{tmp_path}/", "train")
+    assert reader.tokens == 1000 and everything(reader) == ids.tolist()
+    starts = np.array([0, 1, 299, 300, 301, 250, 889, 595])  # also across one and two cuts
+    for length in (1, 7, 111):
+        rows = reader.rows(starts, length)
+        assert rows.dtype == np.int64 and rows.shape == (8, length)
+        assert rows.tolist() == [ids[start:start + length].tolist() for start in starts]
+
+
+def test_documents_begin_with_the_end_of_text_token(tmp_path):
+    with tokens.ShardWriter(tmp_path, "val", 300, shard_tokens=3) as writer:
+        writer.add(np.array([1, 2], np.uint8), 2, eot=256)
+        writer.add(np.array([3], np.uint8), 1)
+        writer.add(np.array([4], np.uint8), 1, eot=256)
+        info = writer.finish()
+    assert (info["tokens"], info["bytes"], info["documents"]) == (6, 4, 2)
+    assert [shard["tokens"] for shard in info["shards"]] == [3, 3]
+    assert everything_in(tmp_path, "val") == [256, 1, 2, 3, 256, 4]
+
+
+def everything_in(folder, split):
+    return [i for path in sorted(folder.glob(f"{split}_*.bin"))
+            for i in np.frombuffer(path.read_bytes()[1024:], "<u2").tolist()]
+
+
+def test_a_writer_that_is_stopped_leaves_nothing_half_written(tmp_path):
+    with pytest.raises(KeyboardInterrupt), \
+            tokens.ShardWriter(tmp_path, "train", 300, shard_tokens=4) as writer:
+        writer.add(np.arange(6), 6)
+        assert {path.name for path in tmp_path.iterdir()} == {"train_000000.bin",
+                                                              "train_000001.tmp"}
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
+
+
+def test_llm_c_s_ready_made_files_are_read(ready_made):
+    train, val = TokenReader(f"{ready_made}", "train"), TokenReader(f"{ready_made}", "val")
+    assert everything(train) == [*range(100, 150), *range(200, 230)]
+    assert everything(val) == [*range(300, 340)]
+    assert train.rows(np.array([48]), 4).tolist() == [[148, 149, 200, 201]]
+    assert (train.meta, train.shards, train.bytes_per_token) == (None, [], None)
+
+
+def test_uint32_files_are_read(tmp_path):
+    llmc_file(tmp_path / "x_train_000000.bin", [70000, 1], 20240801, 7, dtype="<u4")
+    assert everything(TokenReader(f"{tmp_path}", "train")) == [70000, 1]
+
+
+def test_nanogpt_s_headerless_files_are_read(tmp_path):
+    for name, ids in (("train", range(3, 903)), ("val", [5, 50256])):
+        np.array(ids, "<u2").tofile(tmp_path / f"{name}.bin")
+    assert everything(TokenReader(f"{tmp_path}", "train")) == [*range(3, 903)]
+    assert everything(TokenReader(f"{tmp_path}", "val")) == [5, 50256]
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match="meta.pkl, and pickles can run code.*prepare.py"):
+        TokenReader(f"{tmp_path}", "train")
+
+
+def test_a_missing_dataset_names_the_command_that_prepares_it(tmp_path):
+    for name in (f"{tmp_path}/nowhere", "no_such_dataset"):
+        with pytest.raises(ValueError, match=f"python prepare.py --dataset={name}"):
+            TokenReader(name, "train")
+    for name in ("", ".", ".."):
+        with pytest.raises(ValueError, match="give it a name"):
+            TokenReader(name, "train")
+    assert tokens.dataset_folder("mine") == ROOT / "data" / "mine"
+
+
+def test_a_dataset_without_validation_names_its_file(ready_made):
+    (ready_made / "fineweb_val_000000.bin").unlink()
+    with pytest.raises(ValueError, match="val.bin: No such file.*prepare"):
+        TokenReader(f"{ready_made}", "val")
+
+
+def test_a_dataset_that_is_not_finished_is_refused(ready_made):
+    (ready_made / "UNFINISHED").touch()
+    with pytest.raises(ValueError, match="did not finish; run python prepare.py --dataset="):
+        TokenReader(f"{ready_made}", "train")
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"splits": ', "meta.json: damaged"), ("[5]", "meta.json: damaged"), ("7", "damaged"),
+    ("\udcff", "meta.json: damaged"), ('{"model": {}}', "is not a dataset's folder")])
+def test_a_damaged_meta_json(ready_made, text, says):
+    (ready_made / "meta.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ValueError, match=says):
+        TokenReader(f"{ready_made}", "train")
+
+
+def damaged(change):
+    """Return what is said of a file of 50 tokens after `change` of its bytes."""
+    def of(path):
+        llmc_file(path, range(100, 150))
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(ValueError) as error:
+            read_header(path)
+        assert str(error.value).startswith(f"{path}: ") and "prepare" in str(error.value)
+        return str(error.value)
+
+    return of
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "fineweb_train_000001.bin"
+    assert "should have 50 tokens and has 40;" in damaged(lambda raw: raw[:-20])(path)
+    assert "should have 50 tokens and has 49.5;" in damaged(lambda raw: raw[:-1])(path)
+    assert "should have 50 tokens and has 52;" in damaged(lambda raw: raw + b"abcd")(path)
+    assert "should have 0 tokens and has 0;" in damaged(lambda raw: raw[:8] + bytes(1016))(path)
+    promises = np.array([90], "<i4").tobytes()
+    more = damaged(lambda raw: raw[:8] + promises + raw[12:])(path)
+    assert "should have 90 tokens and has 50;" in more
+    negative = np.array([-50], "<i4").tobytes()
+    assert "should have -50" in damaged(lambda raw: raw[:8] + negative + raw[12:])(path)
+    assert "magic 7," in damaged(lambda raw: bytes([7, 0, 0, 0]) + raw[4:])(path)
+    assert "version 2)" in damaged(lambda raw: raw[:4] + bytes([2, 0, 0, 0]) + raw[8:])(path)
+    for size in (0, 3, 1023):
+        assert "not a token file" in damaged(lambda raw, size=size: raw[:size])(path)
+    path = tmp_path / "train.bin"  # nanoGPT's name: no header is needed, whole tokens are
+    assert "should have 3 tokens and has 3.5" in damaged(lambda raw: raw[-7:])(path)
+    assert "should have 0 tokens" in damaged(lambda raw: b"")(path)
+    assert "should have 50 tokens and has 40" in damaged(lambda raw: raw[:-20])(path)
+    with pytest.raises(ValueError, match="nowhere.bin: No such file"):
+        read_header(tmp_path / "nowhere.bin")
+
+
+@pytest.mark.parametrize("opened_before", [True, False])
+def test_a_file_that_is_cut_short_after_the_start_is_named(ready_made, opened_before):
+    reader = TokenReader(f"{ready_made}", "train")
+    if opened_before:
+        reader.rows(np.array([60]), 5)
+    path = ready_made / "fineweb_train_000002.bin"
+    os.truncate(path, 1024 + 2 * 20)
+    assert reader.rows(np.array([40]), 30)[0, -1] == 219
+    with pytest.raises(ValueError, match="fineweb_train_000002.bin: ends before token 21; it was"):
+        reader.rows(np.array([40]), 31)
+
+
+def test_a_new_reader_sees_new_files(ready_made):
+    assert everything(TokenReader(f"{ready_made}", "val")) == [*range(300, 340)]
+    llmc_file(ready_made / "aside", range(500, 540))
+    os.replace(ready_made / "aside", ready_made / "fineweb_val_000000.bin")
+    assert everything(TokenReader(f"{ready_made}", "val")) == [*range(500, 540)]
+
+
+def test_a_corpus_of_very_many_files(tmp_path):
+    """More than may be open at a time."""
+    for i in range(150):
+        llmc_file(tmp_path / f"train_{i:06d}.bin", [i, i + 1000])
+    reader = TokenReader(f"{tmp_path}", "train")
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    assert everything(reader) == [i + extra for i in range(150) for extra in (0, 1000)]
+    if sys.platform == "linux":
+        assert 1 < len(os.listdir("/proc/self/fd")) - before < 70
+
+
+# ---------------------------------------------------------------------- small files
+
+
+def test_write_aside_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "meta.json"
+    tokens.write_aside(path, "first\r\n\n")
+    assert path.read_bytes() == b"first\r\n\n"
+    with pytest.raises(UnicodeEncodeError):
+        tokens.write_aside(path, "half \udcff")
+    monkeypatch.setattr(os, "replace", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tokens.write_aside(path, "second")
+    assert path.read_bytes() == b"first\r\n\n" and [*tmp_path.iterdir()] == [path]
+
+
+def test_load_json(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"a": "é"}), encoding="utf-8")
+    assert tokens.load_json(tmp_path / "x.json") == {"a": "é"}
+    with pytest.raises(ValueError, match="nowhere.json: No such file"):
+        tokens.load_json(tmp_path / "nowhere.json")
+
+
+# ---------------------------------------------------------------------- the order
+
+
+KEYS = [hashlib.blake2b(bytes([i]), digest_size=32).digest() for i in range(3)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 12345])
+def test_permute_is_a_bijection(n):
+    for key in KEYS:
+        assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
+
+
+def test_permute_depends_on_the_key_and_moves_things():
+    orders = [permute(np.arange(1000), 1000, key).tolist() for key in KEYS]
+    for order in orders:
+        assert sum(a == b for a, b in zip(order, range(1000), strict=True)) < 10
+        steps = {b - a for a, b in zip(order, order[1:], strict=False)}
+        assert len(steps) > 500  # no stride
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert sum(x == y for x, y in zip(orders[a], orders[b], strict=True)) < 10
+
+
+def test_permute_is_spread_evenly():
+    """Where the first element lands, over many keys: every tenth gets its share."""
+    landed = [int(permute(np.array([0]), 1000, hashlib.blake2b(
+        f"{i}".encode(), digest_size=32).digest())[0]) for i in range(1000)]
+    counts = np.bincount(np.array(landed) // 100, minlength=10)
+    assert 60 < counts.min() and counts.max() < 140  # 100 expected, standard deviation 9.5
+
+
+def test_the_order_is_this_one():
+    """Golden: resuming an old run, or repeating it, needs this very order."""
+    starts = sequence_starts(np.arange(12), tokens=1000, block_size=97, seed=1337)
+    assert starts.dtype == np.int64
+    assert starts.tolist() == [446, 349, 58, 834, 252, 543, 640, 155, 737, 402, 208, 499]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 16])
+def test_every_token_but_less_than_two_blocks_once_per_epoch(block_size):
+    """Brute force over small corpora, three epochs each."""
+    for count in range(block_size + 1, 6 * block_size + 8):
+        blocks = max(1, count // block_size - 1)
+        starts = sequence_starts(np.arange(3 * blocks), count, block_size, seed=5)
+        assert starts.min() >= 0 and starts.max() + block_size + 1 <= count
+        for epoch in starts.reshape(3, blocks):
+            targets = (epoch[:, None] + 1 + np.arange(block_size)).ravel()
+            assert len(set(targets.tolist())) == len(targets)  # each at most once
+            assert count - len(targets) < 2 * block_size + 1  # the first token is no target
+            assert len({start % block_size for start in epoch.tolist()}) == 1
+
+
+def test_the_cuts_move_from_epoch_to_epoch():
+    blocks = 50 // 7 - 1
+    epochs = sequence_starts(np.arange(60 * blocks), 50, 7, seed=5).reshape(60, blocks)
+    assert set(epochs.min(axis=1).tolist()) == set(range(7))
+
+
+def test_the_order_does_not_depend_on_how_it_is_asked_for(monkeypatch):
+    asked = dict(tokens=5000, block_size=7, seed=3)
+    blocks = 5000 // 7 - 1
+    monkeypatch.setattr(tokens, "CHUNK", 64)  # several chunks in an epoch, the last not full
+    tokens.starts_of_chunk.cache_clear()
+    whole = sequence_starts(np.arange(3 * blocks), **asked)
+    for size in (1, 12, 64, 1000):
+        parts = [sequence_starts(np.arange(i, min(i + size, 3 * blocks)), **asked)
+                 for i in range(0, 3 * blocks, size)]
+        assert np.concatenate(parts).tolist() == whole.tolist()
+    shuffled = np.random.default_rng(3).permutation(3 * blocks)  # as ranks ask, and resumed runs
+    assert sequence_starts(shuffled, **asked).tolist() == whole[shuffled].tolist()
+    monkeypatch.setattr(tokens, "CHUNK", 1000)
+    tokens.starts_of_chunk.cache_clear()
+    assert sequence_starts(np.arange(3 * blocks), **asked).tolist() == whole.tolist()
+    tokens.starts_of_chunk.cache_clear()
+    assert sorted(whole[:blocks] - whole[:blocks].min()) == list(range(0, 7 * blocks, 7))
+
+
+def test_another_order_in_another_epoch_and_for_another_seed():
+    blocks = 1000 // 7 - 1
+    one = sequence_starts(np.arange(3 * blocks), 1000, 7, seed=1) // 7
+    two = sequence_starts(np.arange(3 * blocks), 1000, 7, seed=2) // 7
+    orders = [*one.reshape(3, blocks), *two.reshape(3, blocks)]
+    for i, a in enumerate(orders):
+        for b in orders[:i]:
+            assert (a == b).mean() < 0.1
+
+
+def test_an_iteration_across_the_end_of_an_epoch():
+    blocks = 100 // 10 - 1
+    last, first = blocks - 2, blocks + 3
+    across = sequence_starts(np.arange(last, first), 100, 10, seed=4)
+    assert across[:2].tolist() == sequence_starts(np.arange(last, blocks), 100, 10, 4).tolist()
+    assert across[2:].tolist() == sequence_starts(np.arange(blocks, first), 100, 10, 4).tolist()
+    epochs = sequence_starts(np.arange(2 * blocks), 100, 10, seed=4).reshape(2, blocks)
+    assert across.tolist() == [*epochs[0, -2:], *epochs[1, :3]]
+
+
+def test_a_block_longer_than_the_split_is_refused():
+    assert sequence_starts(np.arange(3), 8, 7, seed=1).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="block_size=7 needs 8 tokens, the training split has 7"):
+        sequence_starts(np.arange(3), 7, 7, seed=1)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+MEASURE = """
+import sys
+import numpy as np
+from tokens import TokenReader, sequence_starts
+
+reader = TokenReader(sys.argv[1], "train")
+
+def read(iterations):
+    for i in iterations:
+        rows = reader.rows(sequence_starts(np.arange(64 * i, 64 * i + 64), reader.tokens, 1024, 1),
+                           1025)
+        assert rows[:, 0].sum() == 64 * 7
+    status = open("/proc/self/status").read()  # getrusage counts the parent's memory too
+    return int(status.split("VmHWM:")[1].split()[0])
+
+before = read(range(20))
+print((read(range(20, 1560)) - before) / 1e3)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured in /proc")
+def test_resident_memory_does_not_grow_with_what_was_read(tmp_path):
+    """All of a file of 200 MB, in training's order."""
+    with open(tmp_path / "x_train_000000.bin", "wb") as file:
+        llmc_file(Path(file.name), [])
+        file.write(np.array([20240520, 1, 100_000_000, *[0] * 253], "<i4").tobytes())
+        for _ in range(100):
+            file.write(np.full(1_000_000, 7, "<u2").tobytes())
+    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 8, "MB, of 200 MB that were read"
