@@ -114,10 +114,10 @@ def main(
             record(row)
             runtime.say(f"step {iter_num}: " + ", ".join(
                 f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val")))
-            is_best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            save = iter_num and (is_best or always_save_checkpoint or iter_num == max_iters)
+            is_best = iter_num > 0 and val_loss < best_val_loss  # of what was trained, and saved
+            best_val_loss = val_loss if is_best else best_val_loss
             if runtime.is_main and not eval_only:
-                if save:
+                if iter_num and (is_best or always_save_checkpoint or iter_num == max_iters):
                     save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, {
                         **row, "iter_num": iter_num, "best_val_loss": best_val_loss,
                         "config": config, "shards": train_data.shards}, is_best, keep_checkpoints)
@@ -212,7 +212,7 @@ def checkpoint_defaults(settings):
     if init_from == "resume":
         meta = load_json(find_checkpoint(run_folder(settings)) / "meta.json")
         return {k: v for k, v in meta["config"].items() if k in settings and k not in NOT_RESUMED}
-    if init_from.startswith("gpt2"):
+    if init_from.startswith("gpt2") and not Path(init_from).is_dir():
         from hf import gpt2_sizes
 
         return gpt2_sizes(init_from)
@@ -235,7 +235,7 @@ def make_model(config):
         model.to_empty(device="cpu")
         model.init_weights(torch.Generator().manual_seed(seed_for(config["seed"], "init")))
         return model, tokenizer, before
-    if init_from.startswith("gpt2"):
+    if init_from.startswith("gpt2") and not Path(init_from).is_dir():
         from hf import load_gpt2
 
         model, its_tokenizer, place = *load_gpt2(init_from, config["dropout"]), init_from
@@ -426,9 +426,11 @@ def save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, meta, is_best,
     os.replace(aside, folder)
     for pointer in ("latest", "best") if is_best else ("latest",):
         write_aside(run_dir / pointer, folder.name + "\n")
-    best = (run_dir / "best").read_text(encoding="utf-8").strip()
-    for old in sorted(run_dir.glob("iter_*[0-9]"))[:-keep]:
-        if old.name != best and old != folder:
+    best = run_dir / "best"  # not there while every validation loss was NaN
+    kept = {folder.name, best.read_text(encoding="utf-8").strip() if best.is_file() else ""}
+    saved = [path for path in run_dir.glob("iter_*") if path.name[5:].isdigit()]
+    for old in sorted(saved, key=lambda path: int(path.name[5:]))[:-keep]:
+        if old.name not in kept:
             shutil.rmtree(old)
 
 

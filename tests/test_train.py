@@ -268,6 +268,25 @@ def test_newest_and_best_are_kept(tmp_path, dataset, monkeypatch):
     assert meta["best_val_loss"] == 1.0 and meta["val_loss"] == 3.5
 
 
+@pytest.mark.parametrize("values, best", [([1.0, 3.0, 2.0], "iter_000002\n"),
+                                          ([math.nan] * 3, None)], ids=["worse", "nan"])
+def test_best_is_the_best_that_was_saved(tmp_path, dataset, monkeypatch, values, best):
+    values = iter(values)
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(values))
+    do_run(tmp_path / "run", dataset, max_iters=2, eval_interval=1)
+    pointer = tmp_path / "run" / "best"
+    assert (pointer.read_text() if pointer.exists() else None) == best
+    assert (tmp_path / "run" / "latest").read_text() == "iter_000002\n"
+
+
+def test_old_checkpoints_go_by_number(tmp_path, dataset, monkeypatch):
+    (tmp_path / "run" / "iter_999999").mkdir(parents=True)
+    (tmp_path / "run" / "iter_1000000").mkdir()
+    do_run(tmp_path / "run", dataset, max_iters=1, keep_checkpoints=1)
+    names = {p.name for p in (tmp_path / "run").glob("iter_*")}
+    assert names == {"iter_1000000", "iter_000001"}  # the newest by number, and the one just saved
+
+
 def test_a_checkpoint_says_where_it_comes_from(tmp_path, dataset):
     do_run(tmp_path / "run", dataset, max_iters=1)
     folder = tmp_path / "run" / "iter_000001"
