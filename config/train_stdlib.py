@@ -4,7 +4,7 @@
 
 dataset = "stdlib"
 
-eval_interval = 250
+eval_interval = 200
 eval_iters = 40
 log_interval = 10
 
@@ -19,5 +19,5 @@ n_embd = 128
 learning_rate = 4e-3
 min_lr = 4e-4
 warmup_iters = 100
-max_iters = 1500
-lr_decay_iters = 1500
+max_iters = 1200
+lr_decay_iters = 1200
