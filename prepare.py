@@ -10,6 +10,8 @@ and meta.json. Text is read twice, first to count it, and never held in memory w
 """
 
 import base64
+import codecs
+import csv
 import glob
 import gzip
 import hashlib
@@ -19,7 +21,9 @@ import re
 import sys
 import time
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +36,18 @@ SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/d
                    "tinyshakespeare/input.txt")
 BUILT_IN = {"stdlib": "bytes", "shakespeare_char": "chars", "shakespeare": "gpt2"}
 LATER = ("fineweb", "fineweb_edu", "openwebtext")
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+BAD_TEXT = "leave it out, or say --bad_text=skip or --bad_text=replace"
 PIECE = 1 << 20  # characters that are read and tokenized at a time
 SAFE_CUT = re.compile(r"(?s:.*)(?:\S(?= )|[^\W_](?=[\s.,;:!?\u3001\u3002\uff0c\uff01\uff1f]))")
 
 
 def main(
     dataset="stdlib",  # what to prepare: stdlib, shakespeare_char, shakespeare, or --input's name
-    input="",  # your own text: a file, a folder or a 'glob' of .txt .md .py .jsonl[.gz] .parquet
+    input="",  # your own text: a file, a folder or a 'glob'; .jsonl .csv .parquet, others are text
+    suffixes=".txt .md .rst .py .jsonl .csv .parquet",  # what is read of a folder; also .gz, .zst
     tokenizer="",  # bytes, chars or gpt2 ('': the dataset's usual one; bytes for your own text)
-    text_column="text",  # the field of .jsonl and .parquet files that holds the text
+    text_column="text",  # the field of .jsonl, .csv and .parquet files that holds the text
+    bad_text="stop",  # a document that is not UTF-8: stop, skip it, or replace what is wrong in it
     val_fraction=0.1,  # share of the text that is held out for validation
     shard_tokens=100_000_000,  # tokens per file, at most
     overwrite=False,  # replace a dataset of other text or other settings
@@ -53,9 +59,12 @@ def main(
     kind = tokenizer or BUILT_IN.get(dataset, "bytes")
     if kind not in ("bytes", "chars", "gpt2"):
         raise ValueError(f"tokenizer={kind!r}: choose bytes, chars or gpt2")
+    if bad_text not in ("stop", "skip", "replace"):
+        raise ValueError(f"bad_text={bad_text!r}: choose stop, skip or replace")
     folder = dataset_folder(dataset)
-    paths = find_files(dataset, input, folder)
-    source = {"tokenizer": kind, "text_column": text_column, "val_fraction": val_fraction,
+    paths = find_files(dataset, input, folder, suffixes)
+    source = {"tokenizer": kind, "text_column": text_column, "bad_text": bad_text,
+              "val_fraction": val_fraction,
               "shard_tokens": shard_tokens, "files": fingerprint(paths)}
     unfinished = folder / "UNFINISHED"  # while it is there, the folder is not a dataset
     meta_path = folder / "meta.json"
@@ -68,7 +77,7 @@ def main(
                          "with --overwrite=True, or choose another --dataset=NAME")
 
     spec = gpt2_spec() if kind == "gpt2" else {"kind": kind}
-    facts = survey(read_pieces(paths, text_column), val_fraction, kind)
+    facts = survey(read_pieces(paths, text_column, bad_text), val_fraction, kind)
     if facts["characters"] < 2:
         raise ValueError(f"{input or dataset}: there is no text in its {len(paths)} file(s)")
     if kind == "chars":
@@ -79,7 +88,8 @@ def main(
     for old in list(folder.iterdir()):
         if re.fullmatch(r"meta\.json|(train|val)_\d+\.(bin|tmp)", old.name):
             old.unlink()
-    splits = write_splits(folder, paths, text_column, tokenizer, facts, val_fraction, shard_tokens)
+    pieces = assign(read_pieces(paths, text_column, bad_text), facts, val_fraction)
+    splits = write_splits(folder, pieces, tokenizer, facts["bytes"], shard_tokens)
     tokenizer.save(folder)
     meta = {"dataset": folder.name, "tokenizer": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size, "splits": splits, "source": source}
@@ -95,7 +105,7 @@ def main(
 # ---------------------------------------------------------------------- the text
 
 
-def find_files(dataset, pattern, folder):
+def find_files(dataset, pattern, folder, suffixes):
     """Return the files to read, in a stable order."""
     if not pattern:
         if dataset == "stdlib":
@@ -110,15 +120,21 @@ def find_files(dataset, pattern, folder):
                          "for your own text add --input=PATH")
     path = Path(pattern).expanduser()
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+        paths = sorted(p for p in path.rglob("*")
+                       if plain_name(p).endswith(tuple(suffixes.split())) and p.is_file())
     elif path.is_file():
         paths = [path]
     else:
         paths = [p for p in sorted(map(Path, glob.glob(str(path), recursive=True))) if p.is_file()]
     if not paths:
         raise ValueError(f"input={pattern!r}: no files there; give a file, a glob in quotes, or a "
-                         f"folder with {' '.join(SUFFIXES)}")
+                         f"folder with {suffixes} (--suffixes= names others)")
     return paths
+
+
+def plain_name(path):
+    """Return the file's name in small letters, without .gz or .zst."""
+    return re.sub(r"\.(gz|zst)$", "", path.name.lower())
 
 
 def stdlib_files():
@@ -156,40 +172,86 @@ def fingerprint(paths):
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
-def read_pieces(paths, text_column):
+def read_pieces(paths, text_column, bad_text="stop"):
     """Yield (starts_document, text): documents in pieces of about PIECE characters at most.
 
-    A text file is one document; each line of a .jsonl, each row of a .parquet file is one.
+    A text file is one document; each row of a .jsonl, .csv or .parquet file is one. Raises
+    ValueError with file and position for what is not text, unless bad_text says what to do.
     """
+    readers = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
     for path in paths:
-        try:
-            if path.name.endswith((".jsonl", ".jsonl.gz")):
-                documents = read_jsonl(path, text_column)
-            elif path.name.endswith(".parquet"):
-                documents = read_parquet(path, text_column)
-            else:
-                documents = [read_text(path)]
-            for pieces in documents:
-                start = True
-                for text in pieces:
-                    if text:
-                        yield start, text
-                        start = False
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}: "
-                             f"{error.reason}); convert it, or leave it out") from error
+        reader = readers.get(Path(plain_name(path)).suffix)
+        documents = reader(path, text_column, bad_text) if reader else [read_text(path, bad_text)]
+        for pieces in documents:
+            start = True
+            for text in pieces:
+                if text:
+                    yield start, text
+                    start = False
 
 
-def read_text(path):
+def open_plain(path):
+    """Open a file's bytes, unpacked where its name ends in .gz or .zst."""
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.name.lower().endswith(".zst"):
+        from pyarrow import input_stream
+
+        return BufferedReader(input_stream(path, compression="zstd"))
+    return open(path, "rb")
+
+
+@contextmanager
+def named_errors(path):
+    """Turn what a damaged packed file raises into a ValueError with its name."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # the system's word, not the file's
+        raise ValueError(f"{path}: damaged, or not what its name says ({error})") from error
+
+
+def read_text(path, bad_text="stop"):
     """Yield a text file in pieces that end where no token can span the cut."""
-    rest = ""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        while text := file.read(PIECE):
-            if "\0" in text:
-                raise ValueError(f"{path}: has zero bytes, so it is not text; leave it out")
-            *ready, rest = cut(rest + text)
+    if bad_text == "skip":  # a file is read whole before it is known to be good
+        try:
+            for _ in read_text(path):
+                pass
+        except BadText as error:
+            say_once(f"skipped: {str(error).removesuffix(f'; {BAD_TEXT}')}")
+            return
+    decode = codecs.getincrementaldecoder("utf-8-sig")(
+        "replace" if bad_text == "replace" else "strict").decode
+    rest, done = "", 0
+    with named_errors(path), open_plain(path) as file:
+        while True:
+            raw = file.read(PIECE)
+            try:
+                text = decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                place = done + len(raw) - len(error.object) + error.start
+                raise BadText(f"{path}, byte {place:,}: not UTF-8 (0x"
+                              f"{error.object[error.start]:02x}, {error.reason}); {BAD_TEXT}"
+                              ) from error
+            if "\0" in text and bad_text != "replace":
+                raise BadText(f"{path}, near byte {done:,}: has zero bytes, so it is not text; "
+                              f"{BAD_TEXT}")
+            done += len(raw)
+            *ready, rest = cut(rest + text.replace("\0", "\ufffd"))
             yield from ready
+            if not raw:
+                break
     yield rest
+
+
+class BadText(ValueError):
+    """A document that is not text."""
+
+
+@cache
+def say_once(text):  # the corpus is read twice
+    print(text, file=sys.stderr)
 
 
 def cut(text):
@@ -206,27 +268,51 @@ def cut(text):
     return [*pieces, text[start:]]
 
 
-def read_jsonl(path, column):
+def read_lines(path, bad_text):
+    """Yield (number, line) of a file of lines, decoded as bad_text says."""
+    with named_errors(path), open_plain(path) as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8",
+                                         "replace" if bad_text == "replace" else "strict")
+            except UnicodeDecodeError as error:
+                place = f"{path}, line {number:,}, byte {error.start:,}: not UTF-8"
+                if bad_text == "stop":
+                    raise BadText(f"{place}; {BAD_TEXT}") from error
+                say_once(f"skipped: {place}")
+
+
+def read_jsonl(path, column, bad_text):
     """Yield each line's document, in pieces."""
-    opened = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:
+    for number, line in read_lines(path, bad_text):
+        if not line.strip():
+            continue
         try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                    has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                    raise ValueError(f"{path}, line {number}: no text in field {column!r} (it has: "
-                                     f"{has}); name the field with --text_column=")
-                yield cut(row[column].encode("utf-8", "replace").decode())  # lone surrogates: ?
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path}, line {number}: no text in field {column!r} (it has: {has}); "
+                             "name the field with --text_column=")
+        yield cut(row[column].encode("utf-8", "replace").decode())  # lone surrogates: ?
 
 
-def read_parquet(path, column):
+def read_csv(path, column, bad_text):
+    """Yield each row's document, in pieces. The first row names the columns."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(line for _, line in read_lines(path, bad_text))
+    try:
+        if column not in (rows.fieldnames or ()):
+            raise ValueError(f"{path}: no column {column!r} (it has: "
+                             f"{', '.join(rows.fieldnames or ())}); name it with --text_column=")
+        for row in rows:
+            yield cut(row[column] or "")
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
+
+
+def read_parquet(path, column, bad_text):
     """Yield each row's document, in pieces."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
@@ -404,13 +490,14 @@ class Tokenizer:
 # ---------------------------------------------------------------------- token files
 
 
-def write_splits(folder, paths, text_column, tokenizer, facts, val_fraction, shard_tokens):
-    """Tokenize the corpus into both splits' files; return what meta.json says of them."""
-    show = progress("tokenizing", facts["bytes"])
+def write_splits(folder, pieces, tokenizer, size, shard_tokens):
+    """Tokenize `assign`'s pieces, `size` bytes in all, into both splits' files; return what
+    meta.json says of them."""
+    show = progress("tokenizing", size)
     with ExitStack() as stack:
         writers = {split: stack.enter_context(ShardWriter(
             folder, split, tokenizer.vocab_size, shard_tokens)) for split in ("train", "val")}
-        for batch in batches(assign(read_pieces(paths, text_column), facts, val_fraction)):
+        for batch in batches(pieces):
             encoded = tokenizer.encode_batch([text for *_, text in batch])
             for (split, starts, text), ids in zip(batch, encoded, strict=True):
                 writers[split].add(ids, len(text.encode()), tokenizer.eot if starts else None)

@@ -1,8 +1,10 @@
 """prepare.py: text in, the same text out; splits, sizes, tokenizers, every kind of bad input."""
 
+import csv
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
 import random
@@ -244,7 +246,7 @@ def test_a_folder_and_a_glob(tmp_path, do, monkeypatch):
         some = do(pattern, name=f"glob{count}", overwrite=True)
         splits = meta_of(some)["splits"].values()
         assert sum(info["documents"] for info in splits) == count, pattern
-    assert str(prepare.find_files("x", "in/deep/0[01].*", None)[0]) == os.path.join(
+    assert str(prepare.find_files("x", "in/deep/0[01].*", None, "")[0]) == os.path.join(
         "in", "deep", "00.txt")
 
 
@@ -528,7 +530,7 @@ BAD = {  # what is in the input, and what is said of it; {path} is its path
     "no suffix known": (lambda p: write(p / "x.jpg", "x").parent, "no files there"),
     "empty": (lambda p: write(p / "x.txt", ""), "{path}: there is no text in its 1 file(s)"),
     "empty lines": (lambda p: write(p / "x.jsonl", "\n\n"), "{path}: there is no text"),
-    "zero bytes": (lambda p: write(p / "x.txt", "ab\0c"), "{path}: has zero bytes"),
+    "zero bytes": (lambda p: write(p / "x.txt", "ab\0c"), "{path}, near byte 0: has zero bytes"),
     "no column": (lambda p: write_jsonl(p / "x.jsonl", ["a", "b"], "body"),
                   "{path}, line 1: no text in field 'text' (it has: id, body); name the field"),
     "not text": (lambda p: write(p / "x.jsonl", '{"text": "a"}\n{"text": 3}\n'),
@@ -542,20 +544,20 @@ BAD = {  # what is in the input, and what is said of it; {path} is its path
                            "{path}: cannot be read as parquet"),
     "not UTF-8": (lambda p: broken(lambda path, _: write(path, "a" * 99))(
         p / "x.txt", lambda raw: raw + b"caf\xe9 ol\xe9"),
-        "{path}: not UTF-8 text (byte 0xe9: "),
+        "{path}, byte 102: not UTF-8 (0xe9, "),
     "UTF-16": (lambda p: broken(lambda path, _: write(path, "a" * 99))(
-        p / "x.txt", lambda raw: "text".encode("utf-16")), "{path}: not UTF-8 text (byte 0xff: "),
+        p / "x.txt", lambda raw: "text".encode("utf-16")), "{path}, byte 0: not UTF-8 (0xff, "),
     "JSON not UTF-8": (lambda p: broken(write_jsonl)(
-        p / "x.jsonl", lambda raw: raw + b'{"text": "\xe9"}'), "{path}: not UTF-8 text"),
+        p / "x.jsonl", lambda raw: raw + b'{"text": "\xe9"}'), "{path}, line 301, byte 10: not"),
     "cut gzip": (lambda p: broken(write_jsonl)(p / "x.jsonl.gz", lambda raw: raw[:-20]),
-                 "{path}: damaged gzip file"),
+                 "{path}: damaged, or not"),
     "changed gzip": (lambda p: broken(write_jsonl)(
         p / "x.jsonl.gz", lambda raw: raw[:500] + bytes(50) + raw[550:]),
-        "{path}: damaged gzip file"),
+        "{path}: damaged, or not"),
     "changed sum": (lambda p: broken(write_jsonl)(
-        p / "x.jsonl.gz", lambda raw: raw[:-8] + bytes(8)), "{path}: damaged gzip file"),
+        p / "x.jsonl.gz", lambda raw: raw[:-8] + bytes(8)), "{path}: damaged, or not"),
     "not gzip": (lambda p: broken(write_jsonl)(p / "x.jsonl.gz", lambda raw: b"text" + raw),
-                 "{path}: damaged gzip file"),
+                 "{path}: damaged, or not"),
     "cut parquet": (lambda p: broken(write_parquet)(p / "x.parquet", lambda raw: raw[:-20]),
                     "{path}: cannot be read as parquet"),
     "changed parquet": (lambda p: broken(write_parquet)(
@@ -581,7 +583,7 @@ def test_a_bad_file_among_many_leaves_the_old_dataset_alone(tmp_path, do):
     folder = do(tmp_path / "in")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     write(tmp_path / "in/z.txt", "\0")
-    with pytest.raises(ValueError, match="z.txt: has zero bytes"):
+    with pytest.raises(ValueError, match="z.txt, near byte 0: has zero bytes"):
         do(tmp_path / "in", overwrite=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -592,6 +594,94 @@ def test_a_file_that_may_not_be_read(tmp_path, do):
     path.chmod(0)
     with pytest.raises(PermissionError):
         do(path)
+
+
+# ---------------------------------------------------------------------- packed files, bad text
+
+
+def packed(path, data):
+    """Write bytes as the name's suffix says: plain, .gz or .zst."""
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = pytest.importorskip("pyarrow").Codec("zstd").compress(data, asbytes=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_every_kind_of_file_plain_and_packed(tmp_path, do, kind, packing):
+    texts = [f"Row {i}, with a \"quote\",\nand two lines; caf\u00e9 {i * i}." for i in range(200)]
+    if kind == "txt":
+        for i, text in enumerate(texts):
+            packed(tmp_path / f"in/{i:03d}.txt{packing}", text.encode())
+    elif kind == "jsonl":
+        rows = "\n".join(json.dumps({"id": i, "body": text}) for i, text in enumerate(texts))
+        packed(tmp_path / f"in/x.jsonl{packing}", rows.encode())
+    else:
+        file = io.StringIO()
+        writer = csv.writer(file)
+        writer.writerows([["id", "body"], *enumerate(texts)])
+        packed(tmp_path / f"in/x.csv{packing}", b"\xef\xbb\xbf" + file.getvalue().encode())
+    folder = do(tmp_path / "in", text_column="body")
+    found = [text for split in ("train", "val") for text in documents(folder, split)[1:]]
+    assert sorted(found) == sorted(texts)
+
+
+def test_suffixes_choose_what_is_read_of_a_folder(tmp_path, do):
+    write(tmp_path / "in/a.rs", "fn main() {} " * 9)
+    write(tmp_path / "in/b.txt", "text " * 9)
+    with pytest.raises(ValueError, match="--suffixes="):
+        do(tmp_path / "in", suffixes=".c")
+    folder = do(tmp_path / "in", suffixes=".c .rs")
+    assert b"".join(t.encode() for t in documents(folder, "train")).startswith(b"fn main")
+
+
+@pytest.mark.parametrize("bad_text, kept", [("skip", ["good one"]),
+                                            ("replace", ["bad \ufffd one", "good one"])])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_bad_text_is_skipped_or_replaced(tmp_path, do, capsys, kind, bad_text, kept):
+    prepare.say_once.cache_clear()
+    if kind == "txt":
+        packed(tmp_path / "in/a.txt", b"bad \xff one")
+        packed(tmp_path / "in/b.txt", b"good one")
+    else:
+        rows = {"jsonl": b'{"text": "bad \xff one"}\n{"text": "good one"}\n',
+                "csv": b"text\nbad \xff one\ngood one\n"}[kind]
+        packed(tmp_path / f"in/x.{kind}", rows)
+    pieces = list(prepare.read_pieces(sorted((tmp_path / "in").iterdir()), "text", bad_text))
+    assert pieces == [(True, text) for text in kept]
+    list(prepare.read_pieces(sorted((tmp_path / "in").iterdir()), "text", bad_text))
+    said = capsys.readouterr().err
+    assert said.count("skipped: ") == (bad_text == "skip")
+    assert (": not UTF-8" in said) == (bad_text == "skip")
+
+
+def test_the_position_of_bad_text_is_exact(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PIECE", 8)
+    for good in range(1, 40):
+        path = packed(tmp_path / "x.txt", b"\xc3\xa9" * good + b"\xc3(" + b"x" * 30)
+        with pytest.raises(ValueError, match=rf"x\.txt, byte {2 * good}: not UTF-8 \(0xc3"):
+            list(prepare.read_pieces([path], "text"))
+
+
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.txt.zst", "x.jsonl.zst"])
+def test_a_damaged_packed_file_is_named(tmp_path, name):
+    path = packed(tmp_path / name, b'{"text": "' + bytes(range(65, 91)) * 99 + b'"}')
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{name}(: damaged|, line 1: not JSON)"):
+        list(prepare.read_pieces([path], "text"))
+    path.write_bytes(b"this is not packed")
+    with pytest.raises(ValueError, match=f"{name}: damaged"):
+        list(prepare.read_pieces([path], "text"))
+
+
+def test_a_csv_without_the_column(tmp_path):
+    path = packed(tmp_path / "x.csv", b"id,body\n1,text\n")
+    with pytest.raises(ValueError, match="no column 'text' .it has: id, body.; name it with"):
+        list(prepare.read_pieces([path], "text"))
 
 
 # ---------------------------------------------------------------------- tokenizers
