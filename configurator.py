@@ -107,7 +107,7 @@ def help_text(main, base=None):
     for function in (main, base) if base else (main,):
         for line in inspect.getsource(function).split("\n):")[0].splitlines():
             if match := re.match(r"    (\w+=.*),  # (.*)", line):
-                lines.append(f"  --{match[1]:<31} {match[2]}")
+                lines.append(f"  --{match[1] + ' ':<31} {match[2]}")
             elif match := re.match(r"    # (.*)", line):
                 lines.append(f"\n{match[1]}:")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configurator import run
 from model import GPTConfig, from_weights, save_weights
-from prepare import Tokenizer, gpt2_spec
+from tokenizer import Tokenizer, gpt2_spec
 from tokens import load_json, write_aside
 
 SIZES = {  # (n_layer, n_head, n_embd) of OpenAI's four

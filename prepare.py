@@ -1,15 +1,16 @@
-"""Turn text into token files: find it, split it, tokenize it. The tokenizers live here too.
+"""Turn text into token files: find it, split it, tokenize it.
 
     python prepare.py                                        # stdlib: Python's own source, bytes
     python prepare.py --dataset=shakespeare_char             # downloads 1 MB, characters
     python prepare.py --input=my_texts/ --dataset=mine --tokenizer=gpt2
+    python prepare.py --input=my_texts/ --dataset=mine_bpe --tokenizer=bpe --vocab_size=8192
     python prepare.py --input=pages.jsonl.gz --dataset=pages --text_column=content
 
 Writes data/<dataset>/: {train,val}_000000.bin and so on (tokens.py has the format), tokenizer.json
-and meta.json. Text is read twice, first to count it, and never held in memory whole.
+and meta.json. Text is read twice, first to count it, and never held in memory whole; a third time
+between them where a bpe vocabulary is learned from it (tokenizer.py).
 """
 
-import base64
 import codecs
 import csv
 import glob
@@ -29,13 +30,16 @@ from pathlib import Path
 import numpy as np
 
 from configurator import run
-from tokens import ShardWriter, dataset_folder, load_json, load_meta, write_aside
+from tokenizer import Tokenizer, check_bpe, gpt2_spec, read_spec, train_bpe
+from tokens import ShardWriter, dataset_folder, load_json, read_header, write_aside
 
-EOT = "<|endoftext|>"
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                    "tinyshakespeare/input.txt")
 BUILT_IN = {"stdlib": "bytes", "shakespeare_char": "chars", "shakespeare": "gpt2"}
 LATER = ("fineweb", "fineweb_edu", "openwebtext")
+READY_MADE = {  # GPT-2 tokens in llm.c's layout: (hub's dataset, file names, files for training)
+    "fineweb": ("kjj0/fineweb10B-gpt2", "fineweb_{}_{:06d}.bin", 103),
+    "fineweb_edu": ("kjj0/finewebedu10B-gpt2", "finewebedu_{}_{:06d}.bin", 99)}
 BAD_TEXT = "leave it out, or say --bad_text=skip or --bad_text=replace"
 PIECE = 1 << 20  # characters that are read and tokenized at a time
 SAFE_CUT = re.compile(r"(?s:.*)(?:\S(?= )|[^\W_](?=[\s.,;:!?\u3001\u3002\uff0c\uff01\uff1f]))")
@@ -45,27 +49,46 @@ def main(
     dataset="stdlib",  # what to prepare: stdlib, shakespeare_char, shakespeare, or --input's name
     input="",  # your own text: a file, a folder or a 'glob'; .jsonl .csv .parquet, others are text
     suffixes=".txt .md .rst .py .jsonl .csv .parquet",  # what is read of a folder; also .gz, .zst
-    tokenizer="",  # bytes, chars or gpt2 ('': the dataset's usual one; bytes for your own text)
+    tokenizer="",  # bytes, chars, gpt2, bpe (trained on this text) or the path of a tokenizer.json
+    vocab_size=4096,  # bpe: how many tokens, with the 256 bytes and end-of-text
+    split_pattern="gpt2",  # bpe: what cuts text into pieces, gpt2 or gpt4
+    bpe_characters=100_000_000,  # bpe: learn from so much of the training text, spread evenly
     text_column="text",  # the field of .jsonl, .csv and .parquet files that holds the text
     bad_text="stop",  # a document that is not UTF-8: stop, skip it, or replace what is wrong in it
     val_fraction=0.1,  # share of the text that is held out for validation
     shard_tokens=100_000_000,  # tokens per file, at most
     overwrite=False,  # replace a dataset of other text or other settings
+    ready_made=False,  # fineweb and fineweb_edu: download GPT-2 tokens that others have made
+    max_tokens=0,  # of those, stop with the file that reaches so many; 0: all, 10 billion
 ):
+    if ready_made:
+        return download_shards(dataset, dataset_folder(dataset), max_tokens)
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
     if not 1 <= shard_tokens < 2**31:
         raise ValueError(f"shard_tokens={shard_tokens}: must be at least 1 and below 2**31")
     kind = tokenizer or BUILT_IN.get(dataset, "bytes")
-    if kind not in ("bytes", "chars", "gpt2"):
-        raise ValueError(f"tokenizer={kind!r}: choose bytes, chars or gpt2")
+    if kind == "bpe":
+        check_bpe(vocab_size, split_pattern)
+        if bpe_characters < 1:
+            raise ValueError(f"bpe_characters={bpe_characters}: must be at least 1")
+    elif kind not in ("bytes", "chars", "gpt2") and not kind.endswith(".json"):
+        raise ValueError(f"tokenizer={kind!r}: choose bytes, chars, gpt2, bpe or the path of a "
+                         "tokenizer.json")
     if bad_text not in ("stop", "skip", "replace"):
         raise ValueError(f"bad_text={bad_text!r}: choose stop, skip or replace")
+    spec = read_spec(kind) if kind.endswith(".json") else {"kind": kind}
     folder = dataset_folder(dataset)
     paths = find_files(dataset, input, folder, suffixes)
     source = {"tokenizer": kind, "text_column": text_column, "bad_text": bad_text,
-              "val_fraction": val_fraction,
-              "shard_tokens": shard_tokens, "files": fingerprint(paths)}
+              "val_fraction": val_fraction, "shard_tokens": shard_tokens,
+              "files": fingerprint(paths)}
+    if kind == "bpe":
+        source |= {"vocab_size": vocab_size, "split_pattern": split_pattern,
+                   "bpe_characters": bpe_characters}
+    elif kind.endswith(".json"):  # the same one elsewhere is the same
+        digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+        source |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": digest}
     unfinished = folder / "UNFINISHED"  # while it is there, the folder is not a dataset
     meta_path = folder / "meta.json"
     in_use = meta_path.is_file() or any(folder.glob("*.bin"))
@@ -76,13 +99,20 @@ def main(
         raise ValueError(f"{folder} has token files of other text or other settings; replace them "
                          "with --overwrite=True, or choose another --dataset=NAME")
 
-    spec = gpt2_spec() if kind == "gpt2" else {"kind": kind}
+    spec = gpt2_spec() if kind == "gpt2" else spec
     facts = survey(read_pieces(paths, text_column, bad_text), val_fraction, kind)
     if facts["characters"] < 2:
         raise ValueError(f"{input or dataset}: there is no text in its {len(paths)} file(s)")
     if kind == "chars":
         spec |= {"alphabet": facts["alphabet"], "documents": facts["documents"] > 1}
+    if kind == "bpe":
+        pieces = assign(read_pieces(paths, text_column, bad_text), facts, val_fraction)
+        texts = training_text(pieces, facts["characters"], bpe_characters)
+        spec = train_bpe(texts, vocab_size, split_pattern)
     tokenizer = Tokenizer(spec)
+    if kind == "bpe" and tokenizer.vocab_size < vocab_size:
+        print(f"bpe: no more pairs come twice in that text, so the vocabulary is "
+              f"{tokenizer.vocab_size:,} and not {vocab_size:,}")
     folder.mkdir(parents=True, exist_ok=True)
     unfinished.touch()
     for old in list(folder.iterdir()):
@@ -93,6 +123,8 @@ def main(
     tokenizer.save(folder)
     meta = {"dataset": folder.name, "tokenizer": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size, "splits": splits, "source": source}
+    if tokenizer.kind == "bpe":
+        meta["compared"] = compare(folder / splits["val"]["shards"][0]["file"], tokenizer)
     write_aside(meta_path, json.dumps(meta, indent=1) + "\n")
     unfinished.unlink()
     for split, info in splits.items():
@@ -113,9 +145,10 @@ def find_files(dataset, pattern, folder, suffixes):
         if dataset in BUILT_IN:
             return [download(SHAKESPEARE_URL, folder / "input.txt")]
         if dataset in LATER:
-            raise ValueError(f"{dataset}: not prepared by this version; put ready-made GPT-2 token "
-                             f"shards (*train_*.bin, *val_*.bin) into {folder}, or give "
-                             "its text with --input=FILES")
+            raise ValueError(f"{dataset}: its text is not fetched by this version; add "
+                             "--ready_made=True for GPT-2 tokens of fineweb or fineweb_edu, put "
+                             f"ready-made files (*train_*.bin, *val_*.bin) into {folder}, or give "
+                             "the text with --input=FILES")
         raise ValueError(f"dataset={dataset!r}: not one of {', '.join(BUILT_IN)}; "
                          "for your own text add --input=PATH")
     path = Path(pattern).expanduser()
@@ -164,6 +197,36 @@ def download(url, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(path, text.decode("utf-8"))
     return path
+
+
+def download_shards(dataset, folder, max_tokens):
+    """Fetch ready-made token files from Hugging Face's hub, the validation file first.
+
+    A file that is there is not fetched again, so that a stopped download goes on, and training can
+    begin with the first files. Raises ValueError for a dataset that has none, or when offline.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if dataset not in READY_MADE:
+        raise ValueError(f"dataset={dataset!r} is not to be had ready-made; choose "
+                         f"{' or '.join(READY_MADE)}")
+    hub_dataset, pattern, files = READY_MADE[dataset]
+    names = [pattern.format("val", 0), *(pattern.format("train", i) for i in range(1, files + 1))]
+    tokens = 0
+    for name in names:
+        if not (folder / name).is_file():
+            try:
+                hf_hub_download(hub_dataset, name, repo_type="dataset", local_dir=folder)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"cannot download {name} of {hub_dataset} "
+                                 f"({type(error).__name__}); fetch it elsewhere and put it into "
+                                 f"{folder}") from error
+        *_, count = read_header(folder / name)
+        tokens += count * ("train" in name)
+        print(f"{folder / name}: {count:,} tokens", flush=True)
+        if 0 < max_tokens <= tokens:
+            break
+    print(f"{folder}: {tokens:,} tokens for training")
 
 
 def fingerprint(paths):
@@ -254,13 +317,13 @@ def say_once(text):  # the corpus is read twice
     print(text, file=sys.stderr)
 
 
-def cut(text):
-    """Split text that is longer than PIECE where no token of GPT-2's or GPT-4's patterns can span
+def cut(text, size=None):
+    """Split text longer than `size` (PIECE) where no token of GPT-2's or GPT-4's patterns can span
     the cut: before a space that follows none, or white space or punctuation that follows a letter
-    or digit; at PIECE where there is none near. So the pieces have the tokens of the whole."""
-    pieces, start = [], 0
-    while len(text) - start > PIECE:
-        end = start + PIECE
+    or digit; at `size` where there is none near. So the pieces have the tokens of the whole."""
+    pieces, start, size = [], 0, size or PIECE
+    while len(text) - start > size:
+        end = start + size
         if match := SAFE_CUT.match(text, max(start, end - 2**15), end):
             end = match.end()
         pieces.append(text[start:end])
@@ -382,109 +445,16 @@ def assign(pieces, facts, val_fraction):
             yield "val", starts and not before, text[before:]
 
 
-# ---------------------------------------------------------------------- tokenizers
-
-
-def gpt2_spec():
-    """Return GPT-2's byte-pair encoding as a Tokenizer's spec; tiktoken fetches and caches it."""
-    from tiktoken_ext.openai_public import gpt2
-
-    try:
-        parts = gpt2()
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"GPT-2's tokenizer cannot be downloaded ({type(error).__name__}); go online once, set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from error
-    ranks = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].get)
-    return {"kind": "gpt2", "pattern": parts["pat_str"],
-            "tokens": [base64.b64encode(token).decode() for token in ranks],
-            "special_tokens": parts["special_tokens"]}
-
-
-class Tokenizer:
-    """Text to ids and back. `spec` is all of it, and is what tokenizer.json holds.
-
-    vocab_size: ids are below it. eot: the id that begins a document, or None where a corpus of
-    one text with a `chars` tokenizer has none.
-    """
-
-    def __init__(self, spec):
-        self.spec, self.kind = spec, spec["kind"]
-        if self.kind == "bytes":
-            self.vocab_size, self.eot = 257, 256
-        elif self.kind == "chars":
-            size = len(spec["alphabet"])
-            self.eot = size if spec["documents"] else None
-            self.vocab_size = size + spec["documents"]
-            points = np.array([ord(c) for c in spec["alphabet"]], int)
-            self.table = np.full(points.max(initial=0) + 2, -1)  # code point to id; the last: none
-            self.table[points] = np.arange(size)
-        elif self.kind in ("gpt2", "bpe"):
-            import tiktoken
-
-            ranks = {base64.b64decode(token): i for i, token in enumerate(spec["tokens"])}
-            self.bpe = tiktoken.Encoding(self.kind, pat_str=spec["pattern"], mergeable_ranks=ranks,
-                                         special_tokens=spec["special_tokens"])
-            self.vocab_size, self.eot = self.bpe.n_vocab, spec["special_tokens"][EOT]
-        else:
-            raise ValueError(f"unknown tokenizer {self.kind!r}; this version knows bytes, chars, "
-                             "gpt2 and bpe")
-
-    def encode(self, text):
-        """Return the ids of a text, an array; <|endoftext|> in it is ordinary text. Raises
-        ValueError naming the characters that a `chars` vocabulary lacks."""
-        if self.kind == "bytes":
-            return np.frombuffer(text.encode(), np.uint8)
-        if self.kind == "chars":
-            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-            ids = self.table[np.minimum(points, len(self.table) - 1)]
-            if (ids < 0).any():
-                lacking = "".join(sorted({text[i] for i in np.flatnonzero(ids < 0)}))
-                raise ValueError(f"the vocabulary of {self.vocab_size} characters lacks "
-                                 f"{lacking!r}; leave them out, or train with --tokenizer=bytes")
-            return ids
-        return np.array(self.bpe.encode_ordinary(text), np.uint32)
-
-    def encode_batch(self, texts):
-        """Return `encode` of each text; byte-pair encoding uses all cores."""
-        if self.kind not in ("gpt2", "bpe"):
-            return [self.encode(text) for text in texts]
-        encoded = self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        return [np.array(ids, np.uint32) for ids in encoded]
-
-    def encode_prompt(self, text):
-        """Return the ids of a prompt, a list, in which <|endoftext|> stands for its token."""
-        first, *others = text.split(EOT) if self.eot is not None else [text]
-        ids = self.encode(first).tolist()
-        for part in others:
-            ids += [self.eot, *self.encode(part).tolist()]
-        return ids
-
-    def decode_bytes(self, ids):
-        """Return the bytes of ids; those of <|endoftext|> as such."""
-        if self.kind == "bytes":
-            return b"".join(EOT.encode() if i == self.eot else bytes([i]) for i in ids)
-        if self.kind == "chars":
-            return "".join(EOT if i == self.eot else self.spec["alphabet"][i]
-                           for i in ids).encode()
-        return self.bpe.decode_bytes(list(ids))
-
-    def decode(self, ids):
-        """Return the text of ids; bytes that are not UTF-8 become the replacement character."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def save(self, folder):
-        write_aside(Path(folder) / "tokenizer.json", json.dumps(self.spec) + "\n")
-
-    @classmethod
-    def load(cls, folder):
-        """Return the Tokenizer that `save` wrote into a dataset's or a checkpoint's folder."""
-        path = Path(folder) / "tokenizer.json"
-        spec = load_json(path)
-        try:
-            return cls(spec)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a tokenizer that can be used ({error!r})") from error
+def training_text(pieces, characters, limit):
+    """Yield at most `limit` of the corpus's characters, of `assign`'s training pieces only and
+    evenly spread over them, in short texts."""
+    share, seen, taken = min(1, limit / characters), 0, 0
+    for split, _, text in pieces:
+        for part in cut(text, max(64, min(2**14, limit // 64))) if split == "train" else []:
+            seen += len(part)
+            if taken + len(part) <= share * seen:
+                taken += len(part)
+                yield part
 
 
 # ---------------------------------------------------------------------- token files
@@ -517,6 +487,27 @@ def batches(items):
     yield batch
 
 
+def compare(path, tokenizer):
+    """Print and return bytes per token of the first 2**20 tokens of a held-out file, without its
+    end-of-text tokens, and what gpt2 needs for the same text: {bytes, tokens, gpt2_tokens}."""
+    dtype, offset, count = read_header(path)
+    texts = [[]]
+    for i in np.fromfile(path, dtype, min(count, 2**20), offset=offset).tolist():
+        texts.append([]) if i == tokenizer.eot else texts[-1].append(i)
+    found = {"tokens": sum(map(len, texts))}
+    texts = [tokenizer.decode(ids) for ids in texts]
+    found["bytes"] = sum(len(text.encode()) for text in texts)
+    try:
+        encoded = Tokenizer(gpt2_spec()).encode_batch(texts)
+        found["gpt2_tokens"] = sum(map(len, encoded))
+        of_gpt2 = f"gpt2 {found['bytes'] / found['gpt2_tokens']:.3f}"
+    except ValueError:
+        of_gpt2 = "gpt2's files are not to be had here"
+    print(f"bytes per token on {found['bytes']:,} bytes of held-out text: this vocabulary of "
+          f"{tokenizer.vocab_size:,} {found['bytes'] / found['tokens']:.3f}, {of_gpt2}")
+    return found
+
+
 def progress(what, total=0):
     """Return a function of the bytes done that shows them at most once a second on a terminal."""
     began = last = time.monotonic()
@@ -531,11 +522,6 @@ def progress(what, total=0):
                   file=sys.stderr, flush=True)
 
     return show
-
-
-def load_tokenizer(dataset):
-    """Return a dataset's Tokenizer; GPT-2's for ready-made token files, as in nanoGPT."""
-    return Tokenizer.load(dataset_folder(dataset)) if load_meta(dataset) else Tokenizer(gpt2_spec())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import torch
 
 from configurator import run
 from model import find_checkpoint, load_model
-from prepare import Tokenizer
 from runtime import compile_model, seed_for, setup
+from tokenizer import Tokenizer
 
 
 def main(

@@ -26,8 +26,8 @@ import torch
 from configurator import run
 from model import GPT, IGNORE, GPTConfig, find_checkpoint, load_model, save_weights
 from optim import adamw, lr_at
-from prepare import Tokenizer, load_tokenizer
 from runtime import compile_model, describe, peak_flops, seed_for, setup
+from tokenizer import Tokenizer, load_tokenizer
 from tokens import TokenReader, load_json, sequence_starts, write_aside
 
 MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
@@ -288,8 +288,12 @@ def open_run(run_dir, config, before, runtime):
     if config["wandb_log"]:
         import wandb
 
+        id_path = run_dir / "wandb_id"  # a resumed run goes on in the same curve
+        wandb_id = id_path.read_text(encoding="utf-8") if id_path.is_file() else None
         wandb_run = wandb.init(project=config["wandb_project"], config=config, dir=run_dir,
-                               name=config["wandb_run_name"] or run_dir.name)
+                               name=config["wandb_run_name"] or run_dir.name,
+                               id=wandb_id, resume="allow" if wandb_id else None)
+        write_aside(id_path, wandb_run.id)
 
     def record(row):
         with open(path, "a", encoding="utf-8") as file:

@@ -1,5 +1,5 @@
 # GPT-2 124M on FineWeb, as llm.c reproduced it (scripts/run_gpt2_124M.sh): 10B tokens.
-#   python prepare.py --dataset=fineweb, or ready-made GPT-2 token shards in data/fineweb/
+#   python prepare.py --dataset=fineweb --ready_made=True    (10B tokens, 20 GB)
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 # Published: 8 x A100 80GB, 94 minutes, validation loss 3.29; 8 x H100, 45 minutes, 3.27 (llm.c's
 # README and KellerJordan/modded-nanogpt, records/2024-10-13_llmc). Not yet measured with this code.

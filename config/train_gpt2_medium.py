@@ -1,4 +1,5 @@
 # GPT-2 350M on FineWeb, as llm.c reproduced it (scripts/run_gpt2_350M.sh): 31.5B tokens.
+#   python prepare.py --dataset=fineweb --ready_made=True    (10B tokens, 20 GB)
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_medium.py
 # Published: 8 x A100 80GB, 13.7 hours, validation loss 2.93 (KellerJordan/modded-nanogpt,
 # records/track_2_medium/2025-01-18). Not yet measured with this code.

@@ -1,4 +1,5 @@
 # GPT-2 1558M on FineWeb-Edu, as llm.c reproduced it (scripts/run_gpt2_1558M.sh): 33.6B tokens.
+#   python prepare.py --dataset=fineweb_edu --ready_made=True    (10B tokens, 20 GB: 3.4 epochs)
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py
 # Published: 8 x H100 80GB, 24 hours, HellaSwag as GPT-2's. No loss was published; not yet measured
 # with this code.

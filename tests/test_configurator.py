@@ -372,6 +372,8 @@ def test_help_lists_every_key_with_its_comment(capsys, function):
     text = help_of(capsys, function)
     assert text.startswith(sys.modules[function.__module__].__doc__.strip())
     assert_lists(text, function)
+    for section in re.findall(r"\n    # (.*)", inspect.getsource(function).split("\n):")[0]):
+        assert f"\n\n{section}:\n" in text
 
 
 def test_help_lists_the_base_s_keys_too(capsys):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import hf
 import sample
 from model import load_model
-from prepare import Tokenizer, gpt2_spec
+from tokenizer import Tokenizer, gpt2_spec
 from tokens import load_json
 
 transformers = pytest.importorskip("transformers")

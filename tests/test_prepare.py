@@ -19,7 +19,7 @@ import pytest
 
 import prepare
 import tokens
-from prepare import EOT, Tokenizer
+from tokenizer import Tokenizer
 from tokens import TokenReader
 
 ROOT = Path(prepare.__file__).parent
@@ -27,14 +27,6 @@ SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
 TRICKY = ("First\r\nline\r\n\r\n\r\nit's 3.14 -- don't!\n\n\n\n\n    indented = True  # 1,000\n\t"
           "tab \n  \n漢字かな、カナ。句点！これは空白のない文章です。 😀 👩\u200d👩 é e\u0301 ½"
           " \u00a0\u3000x\u0085y <|endoftext|>\n")
-
-
-@pytest.fixture(scope="session")
-def gpt2():
-    try:
-        return Tokenizer(prepare.gpt2_spec())
-    except ValueError as error:
-        pytest.skip(f"no GPT-2 tokenizer: {error}")
 
 
 @pytest.fixture
@@ -508,14 +500,13 @@ def test_bad_settings(tmp_path, do):
             ({"val_fraction": -0.5}, "val_fraction=-0.5: must be above"),
             ({"shard_tokens": 0}, "shard_tokens=0: must be at least 1"),
             ({"shard_tokens": 2**31}, "shard_tokens=2147483648: must be at least 1 and below"),
-            ({"tokenizer": "bpe"}, "tokenizer='bpe': choose bytes, chars or gpt2"),
-            ({"tokenizer": "GPT2"}, "tokenizer='GPT2': choose bytes, chars or gpt2")):
+            ({"tokenizer": "GPT2"}, "tokenizer='GPT2': choose bytes, chars, gpt2, bpe or the")):
         with pytest.raises(ValueError) as error:
             do(path, **settings)
         assert says in str(error.value)
     for dataset, says in (("mine", "dataset='mine': not one of stdlib, shakespeare_char"),
-                          ("fineweb", "fineweb: not prepared by this version; put ready-made"),
-                          ("openwebtext", "give its text with --input=FILES"),
+                          ("fineweb", "fineweb: its text is not fetched by this version; add --re"),
+                          ("openwebtext", "give the text with --input=FILES"),
                           ("", "give it a name")):
         with pytest.raises(ValueError) as error:
             prepare.main(dataset=dataset)
@@ -594,6 +585,49 @@ def test_a_file_that_may_not_be_read(tmp_path, do):
     path.chmod(0)
     with pytest.raises(PermissionError):
         do(path)
+
+
+# ---------------------------------------------------------------------- ready-made tokens
+
+
+def test_ready_made_tokens_are_fetched_as_far_as_asked(tmp_path, monkeypatch, capsys):
+    """A stand-in for the hub, with files of 50 tokens in the published layout."""
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def fetch(repo, name, repo_type, local_dir):
+        asked.append(name)
+        assert (repo, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, 50
+        Path(local_dir).mkdir(parents=True, exist_ok=True)
+        ids = np.arange(50, dtype="<u2")
+        (Path(local_dir) / name).write_bytes(header.tobytes() + ids.tobytes())
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(prepare, "dataset_folder", lambda name: tmp_path / name)
+    prepare.main(dataset="fineweb", ready_made=True, max_tokens=60)
+    assert asked == ["fineweb_val_000000.bin", "fineweb_train_000001.bin",
+                     "fineweb_train_000002.bin"]
+    prepare.main(dataset="fineweb", ready_made=True, max_tokens=101)
+    assert asked[3:] == ["fineweb_train_000003.bin"]  # the others were there
+    assert "150 tokens for training" in capsys.readouterr().out
+    assert TokenReader(f"{tmp_path}/fineweb", "train").tokens == 150
+    with pytest.raises(ValueError, match="choose fineweb or fineweb_edu"):
+        prepare.main(dataset="openwebtext", ready_made=True)
+
+
+def test_ready_made_tokens_offline(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fetch(*args, **settings):
+        raise hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(prepare, "dataset_folder", lambda name: tmp_path / name)
+    with pytest.raises(ValueError, match="cannot download fineweb_val_000000.bin of kjj0/fineweb10B"
+                                         ".* fetch it elsewhere and put it into"):
+        prepare.main(dataset="fineweb", ready_made=True)
 
 
 # ---------------------------------------------------------------------- packed files, bad text
@@ -682,100 +716,6 @@ def test_a_csv_without_the_column(tmp_path):
     path = packed(tmp_path / "x.csv", b"id,body\n1,text\n")
     with pytest.raises(ValueError, match="no column 'text' .it has: id, body.; name it with"):
         list(prepare.read_pieces([path], "text"))
-
-
-# ---------------------------------------------------------------------- tokenizers
-
-
-@pytest.fixture(params=["bytes", "chars", "chars of documents", "gpt2"])
-def tokenizer(request):
-    if request.param == "gpt2":
-        return request.getfixturevalue("gpt2")
-    if request.param == "bytes":
-        return Tokenizer({"kind": "bytes"})
-    alphabet = "".join(sorted(set(TRICKY + "abc")))
-    return Tokenizer({"kind": "chars", "alphabet": alphabet,
-                      "documents": request.param == "chars of documents"})
-
-
-def test_decode_undoes_encode(tokenizer):
-    for text in (TRICKY, "", "a"):
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
-        assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eot for i in ids)
-    batch = tokenizer.encode_batch([TRICKY, "a", ""])
-    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist()
-                                               for text in (TRICKY, "a", "")]
-
-
-def test_in_a_prompt_endoftext_is_its_token(tokenizer):
-    a, b = tokenizer.encode("a").tolist(), tokenizer.encode("b").tolist()
-    ids = tokenizer.encode_prompt(f"{EOT}a{EOT}{EOT}b")
-    if tokenizer.eot is None:
-        assert ids == tokenizer.encode(f"{EOT}a{EOT}{EOT}b").tolist()
-    else:
-        assert ids == [tokenizer.eot, *a, tokenizer.eot, tokenizer.eot, *b]
-        assert tokenizer.encode_prompt(EOT) == [tokenizer.eot]
-    assert tokenizer.decode(ids) == f"{EOT}a{EOT}{EOT}b"
-    assert tokenizer.encode_prompt("") == []
-    assert tokenizer.encode_prompt("a") == a
-
-
-def test_known_ids(gpt2):
-    assert Tokenizer({"kind": "bytes"}).encode("aé").tolist() == [97, 195, 169]
-    assert gpt2.encode("Hello world!\n\n  x").tolist() == [15496, 995, 0, 628, 220, 2124]
-    assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
-    chars = Tokenizer({"kind": "chars", "alphabet": "ace", "documents": True})
-    assert chars.encode("ecca").tolist() == [2, 1, 1, 0]
-    assert (chars.vocab_size, chars.eot) == (4, 3)
-
-
-def test_half_a_character_is_replaced():
-    assert Tokenizer({"kind": "bytes"}).decode([195, 97]) == "\ufffda"
-
-
-def test_characters_that_the_vocabulary_lacks_are_named():
-    chars = Tokenizer({"kind": "chars", "alphabet": "abc", "documents": False})
-    with pytest.raises(ValueError, match="vocabulary of 3 characters lacks '#dé😀'"):
-        chars.encode("ab😀dé#c😀")
-    assert chars.encode_prompt("cab") == [2, 0, 1]
-
-
-def test_load_gives_what_save_wrote(tmp_path, tokenizer):
-    tokenizer.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
-    assert again.spec == tokenizer.spec
-    assert (again.kind, again.vocab_size, again.eot) == (tokenizer.kind, tokenizer.vocab_size,
-                                                         tokenizer.eot)
-    assert again.encode(TRICKY).tolist() == tokenizer.encode(TRICKY).tolist()
-
-
-@pytest.mark.parametrize("text", [
-    "", "{", "[]", "{}", "\udcff", '{"kind": "words"}', '{"kind": "chars"}',
-    '{"kind": "chars", "alphabet": 7, "documents": true}',
-    '{"kind": "chars", "alphabet": ["ab"], "documents": true}',
-    '{"kind": "gpt2", "pattern": "x"}',
-    '{"kind": "gpt2", "pattern": "x", "tokens": ["%"], "special_tokens": {}}',
-    '{"kind": "gpt2", "pattern": "x", "tokens": ["YQ=="], "special_tokens": {}}',
-    '{"kind": "gpt2", "pattern": "(", "tokens": ["YQ=="], "special_tokens": {"<|endoftext|>": 1}}',
-])
-def test_a_damaged_tokenizer_json(tmp_path, text):
-    path = tmp_path / "tokenizer.json"
-    path.write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ValueError) as error:
-        Tokenizer.load(tmp_path)
-    assert str(error.value).startswith(f"{path}: ")
-
-
-def test_a_dataset_s_tokenizer(tmp_path, do, gpt2, quick_gpt2):
-    folder = do(write(tmp_path / "x.txt", "some text"), tokenizer="chars")
-    assert prepare.load_tokenizer(f"{folder}").spec["alphabet"] == " emostx"
-    for split in ("train", "val"):
-        np.array([5, 6], "<u2").tofile(tmp_path / f"{split}.bin")
-    assert prepare.load_tokenizer(f"{tmp_path}/").spec == gpt2.spec  # ready-made files
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="tokenizer.json: No such file"):
-        prepare.load_tokenizer(f"{folder}")
 
 
 # ---------------------------------------------------------------------- the command

@@ -25,6 +25,7 @@ SHORTER = {  # flags that make each script quick
 ELSEWHERE = {  # what cannot run here, and why: its settings alone are checked
     "torchrun": "needs eight GPUs, and FineWeb",
     "finetune_shakespeare.py": "needs OpenAI's weights",
+    "--ready_made": "needs the hub",
 }
 
 

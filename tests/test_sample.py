@@ -14,9 +14,9 @@ import torch
 
 import sample
 from model import GPT, GPTConfig, load_model, save_weights
-from prepare import Tokenizer
 from runtime import Runtime
 from sample import draw, generate, newest_run, read_prompt, write_text
+from tokenizer import Tokenizer
 
 ROOT = Path(sample.__file__).parent
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -100,6 +100,9 @@ def test_llm_c_s_ready_made_files_are_read(ready_made):
     assert everything(val) == [*range(300, 340)]
     assert train.rows(np.array([48]), 4).tolist() == [[148, 149, 200, 201]]
     assert (train.meta, train.shards, train.bytes_per_token) == (None, [], None)
+    for start in (-1, 77):  # never another text than was asked for
+        with pytest.raises(AssertionError):
+            train.rows(np.array([start]), 4)
 
 
 def test_uint32_files_are_read(tmp_path):

@@ -445,12 +445,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, dataset, name):
 def test_wandb_offline(tmp_path, dataset):
     wandb = pytest.importorskip("wandb")
     settings = {**TINY, "max_iters": 2, "wandb_log": True, "wandb_run_name": "tiny"}
-    done = subprocess.run(
-        [sys.executable, "train.py", f"--out_dir={tmp_path / 'run'}", f"--dataset={dataset}",
-         *as_flags(**settings)], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    for extra in ([], ["--init_from=resume", "--max_iters=3"]):
+        done = subprocess.run(
+            [sys.executable, "train.py", f"--out_dir={tmp_path / 'run'}", f"--dataset={dataset}",
+             *as_flags(**settings), *extra], cwd=ROOT, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+        assert done.returncode == 0, done.stderr[-3000:]
     logged = list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
-    assert len(logged) == 1 and logged[0].stat().st_size > 1000, wandb.__version__
+    assert all(path.stat().st_size > 1000 for path in logged), wandb.__version__
+    assert len(logged) == 2 and len({path.stem for path in logged}) == 1  # one run, resumed
 
 
