@@ -172,7 +172,9 @@ def load_meta(dataset):
             return meta
         raise ValueError(f"{folder} is not a dataset's folder; run {command}")
     if not any(folder.glob("*train*.bin")):
-        raise ValueError(f"{folder}: no token files here; prepare them with {command}")
+        others = sorted(path.parent.name for path in folder.parent.glob("*/meta.json"))
+        raise ValueError(f"{folder}: no token files here; prepare them with {command}; prepared "
+                         f"so far: {', '.join(others) or 'nothing'}")
     if (folder / "meta.pkl").exists():
         raise ValueError(f"{folder} has nanoGPT's meta.pkl, and pickles can run code, so it is not "
                          f"read; prepare the text again with {command}")

@@ -479,7 +479,9 @@ def draw_loss(run_dir):
 
 
 if __name__ == "__main__":
-    default = ["config/train_stdlib.py"]
-    if not sys.argv[1:]:
-        print(f"no settings given: python train.py {default[0]}")
-    run(main, more_defaults=checkpoint_defaults, argv=sys.argv[1:] or default)
+    small, given = str(Path(__file__).parent / "config" / "train_stdlib.py"), sys.argv[1:]
+    if all(arg.startswith("--") and arg != "--help" for arg in given) \
+            and "--init_from=resume" not in given and os.environ.get("RANK", "0") == "0":
+        print(f"no config file given: GPT-2 124M's settings, as in nanoGPT; a small one is {small}"
+              if given else f"no settings given: taking {small}")
+    run(main, more_defaults=checkpoint_defaults, argv=given or [small])
