@@ -203,6 +203,11 @@ def run_folder(config):
     return Path(config["out_dir"] or Path("out", Path(config["dataset"]).name))
 
 
+def names_gpt2(init_from):
+    """Is it one of OpenAI's models, and not a folder with such a name?"""
+    return init_from.startswith("gpt2") and not Path(init_from).is_dir()
+
+
 def checkpoint_defaults(settings):
     """Return the settings that init_from brings: below the command line, above the defaults.
 
@@ -212,7 +217,7 @@ def checkpoint_defaults(settings):
     if init_from == "resume":
         meta = load_json(find_checkpoint(run_folder(settings)) / "meta.json")
         return {k: v for k, v in meta["config"].items() if k in settings and k not in NOT_RESUMED}
-    if init_from.startswith("gpt2") and not Path(init_from).is_dir():
+    if names_gpt2(init_from):
         from hf import gpt2_sizes
 
         return gpt2_sizes(init_from)
@@ -235,13 +240,13 @@ def make_model(config):
         model.to_empty(device="cpu")
         model.init_weights(torch.Generator().manual_seed(seed_for(config["seed"], "init")))
         return model, tokenizer, before
-    if init_from.startswith("gpt2") and not Path(init_from).is_dir():
+    if names_gpt2(init_from):
         from hf import load_gpt2
 
         model, its_tokenizer, place = *load_gpt2(init_from, config["dropout"]), init_from
     else:
-        place = find_checkpoint(*((run_folder(config),) if init_from == "resume"
-                                  else (init_from, "best")))
+        place = (find_checkpoint(run_folder(config)) if init_from == "resume"
+                 else find_checkpoint(init_from, "best"))
         model, its_tokenizer = load_model(place, config["dropout"]), Tokenizer.load(place)
         before = load_json(place / "meta.json") if init_from == "resume" else {}
     if its_tokenizer.spec != tokenizer.spec:
@@ -286,14 +291,7 @@ def open_run(run_dir, config, before, runtime):
     run_dir.mkdir(parents=True, exist_ok=True)
     write_aside(path, "".join(kept))
     if config["wandb_log"]:
-        import wandb
-
-        id_path = run_dir / "wandb_id"  # a resumed run goes on in the same curve
-        wandb_id = id_path.read_text(encoding="utf-8") if id_path.is_file() else None
-        wandb_run = wandb.init(project=config["wandb_project"], config=config, dir=run_dir,
-                               name=config["wandb_run_name"] or run_dir.name,
-                               id=wandb_id, resume="allow" if wandb_id else None)
-        write_aside(id_path, wandb_run.id)
+        wandb_run = start_wandb(run_dir, config)
 
     def record(row):
         with open(path, "a", encoding="utf-8") as file:
@@ -302,6 +300,23 @@ def open_run(run_dir, config, before, runtime):
             wandb_run.log(row, step=row["iter"])
 
     return record
+
+
+def start_wandb(run_dir, config):
+    """Return the Weights & Biases run; a resumed run goes on in the same curve."""
+    id_path = run_dir / "wandb_id"
+    wandb_id = id_path.read_text(encoding="utf-8") if id_path.is_file() else None
+    try:
+        import wandb
+
+        wandb_run = wandb.init(project=config["wandb_project"], config=config, dir=run_dir,
+                               name=config["wandb_run_name"] or run_dir.name,
+                               id=wandb_id, resume="allow" if wandb_id else None)
+    except Exception as error:  # not installed, not logged in, not reached
+        raise ValueError(f"wandb_log=True does not work here ({error}); log in with `wandb login`, "
+                         "set WANDB_MODE=offline, or leave it out") from error
+    write_aside(id_path, wandb_run.id)
+    return wandb_run
 
 
 # ---------------------------------------------------------------------- the iteration

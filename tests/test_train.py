@@ -442,6 +442,20 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, dataset, name):
         do_run(tmp_path / "run", dataset, init_from="resume", max_iters=2)
 
 
+def test_wandb_that_does_not_work_is_one_line(tmp_path, dataset, capsys, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(**settings):
+        raise wandb.errors.UsageError("api_key not configured")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    settings = {**TINY, "out_dir": tmp_path / "run", "dataset": dataset, "wandb_log": True}
+    assert command_line(*as_flags(**settings)) == 2
+    error = capsys.readouterr().err
+    assert "api_key not configured" in error and "WANDB_MODE=offline" in error
+    assert error.count("\n") == 1
+
+
 def test_wandb_offline(tmp_path, dataset):
     wandb = pytest.importorskip("wandb")
     settings = {**TINY, "max_iters": 2, "wandb_log": True, "wandb_run_name": "tiny"}
