@@ -21,7 +21,7 @@ from configurator import run
 from model import GPT, GPTConfig
 from optim import adamw
 from runtime import compile_model, describe, setup
-from tokens import TokenReader, load_meta
+from tokens import Mixture, load_meta, parse_mix
 
 
 def main(
@@ -38,11 +38,13 @@ def main(
     train.check(settings)
     runtime = setup(settings["device"], settings["dtype"], settings["backend"])
     micro_steps = train.split_batch(settings, runtime.world_size)
-    meta = None if random else load_meta(settings["dataset"])
+    mix = parse_mix(settings["mix"], settings["dataset"])
+    meta = None if random else load_meta(next(iter(mix)))
     vocab_size = meta["vocab_size"] if meta else 50257
     sizes = {key: settings[key] for key in train.MODEL_KEYS}
     model = GPT(GPTConfig(vocab_size=train.padded(vocab_size), **sizes)).to(runtime.device)
-    data = RandomTokens(vocab_size) if random else TokenReader(settings["dataset"], "train")
+    data = (RandomTokens(vocab_size, settings["block_size"]) if random else
+            Mixture(mix, "train", settings["block_size"]))
     optimizer = adamw(model, settings["learning_rate"], settings["weight_decay"],
                       (settings["beta1"], settings["beta2"]))
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -71,16 +73,16 @@ def main(
 
 
 class RandomTokens:
-    """Stands in for a TokenReader: ids drawn anew for each row, from a seed of the row's start."""
+    """Stands in for a Mixture: ids drawn anew for each iteration, from a seed of its number."""
 
-    folder, tokens, bytes_per_token = "random tokens", 10**9, None
+    folder = "random tokens"
 
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size, block_size):
+        self.vocab_size, self.block_size = vocab_size, block_size
 
-    def rows(self, starts, length):
-        rng = np.random.default_rng(int(starts[0]))
-        return rng.integers(0, self.vocab_size, (len(starts), length))
+    def sequences(self, numbers, seed):
+        rng = np.random.default_rng(int(numbers[0]))
+        return rng.integers(0, self.vocab_size, (len(numbers), self.block_size + 1)), None
 
 
 def print_times(times, tokens, model, runtime):

@@ -32,9 +32,22 @@ BYTES = [bytes([b]) for b in PRINT + sorted(set(range(256)) - set(PRINT))]
 LETTERS = dict(zip(map(chr, PRINT + [*range(256, 324)]), BYTES, strict=True))
 
 
-def load_tokenizer(dataset):
-    """Return a dataset's Tokenizer; GPT-2's for ready-made token files, as in nanoGPT."""
-    return Tokenizer.load(dataset_folder(dataset)) if load_meta(dataset) else Tokenizer(gpt2_spec())
+def load_tokenizer(dataset, *others):
+    """Return a dataset's Tokenizer; GPT-2's for ready-made token files, as in nanoGPT.
+
+    Raises ValueError where one of the others has another.
+    """
+    meta, folder = load_meta(dataset), dataset_folder(dataset)
+    downloaded = meta and meta.get("tokenizer") == "gpt2" and not (
+        folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.load(folder) if meta and not downloaded else Tokenizer(gpt2_spec())
+    for name in others:
+        if (other := load_tokenizer(name)).spec != tokenizer.spec:
+            raise ValueError(
+                f"{dataset} has the tokenizer {tokenizer.kind} ({tokenizer.vocab_size:,} tokens), "
+                f"{name} another, {other.kind} ({other.vocab_size:,}); a mix needs one: prepare "
+                "them with the same")
+    return tokenizer
 
 
 def gpt2_spec():

@@ -4,13 +4,23 @@ A dataset is a folder data/<name>/ with {train,val}_000000.bin and so on in llm.
 little-endian int32 (magic 20240520, version 1, number of tokens), then uint16 tokens; vocabularies
 above 65,536 have magic 20240801, version 7 and uint32 tokens. meta.json beside them describes them.
 Ready-made files of that layout, and nanoGPT's headerless {train,val}.bin, are read as they are.
+
+A loss mask train_000000.mask beside train_000000.bin, and so on for every file of the split: 256
+little-endian int32 (magic 20241121, version 1, number of tokens), then one uint8 per token: 1 where
+the loss counts that token as a target, 0 where it does not.
 """
 
 import hashlib
 import json
 import os
+import re
+import sys
+import time
 from bisect import bisect_right
+from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
+from math import lcm
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +28,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent
 HEADER = 256  # int32 before the tokens
 FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): token type
+MASK_FORMAT = (20241121, 1)
 CHUNK = 1024  # sequences whose starts are worked out, and remembered, at a time
+POLL, PATIENCE = 3, 1800  # seconds: how often to look for a file that is awaited, and how long
 
 
 def dataset_folder(dataset):
@@ -114,41 +126,82 @@ def write_aside(path, text):
 class TokenReader:
     """One split of a dataset as one long row of tokens, read piece by piece from its files.
 
-    It keeps none of them: resident memory does not grow with the corpus.
+    It keeps none of them: resident memory does not grow with the corpus. Where meta.json has
+    "order": "by_file", a file is looked at when it is needed, and waited for if it is not there.
     """
 
     def __init__(self, dataset, split):
-        self.folder = dataset_folder(dataset)
+        self.folder, self.split = dataset_folder(dataset), split
         self.meta = load_meta(dataset)
         info = self.meta["splits"][split] if self.meta else {}
         self.shards = info.get("shards", [])
-        self.bytes_per_token = info["bytes"] / info["tokens"] if info else None
+        if (order := (self.meta or {}).get("order")) not in (None, "by_file"):
+            raise ValueError(f"{self.folder / 'meta.json'}: order {order!r}, this version knows "
+                             "by_file; prepare the dataset again")
+        self.by_file = order == "by_file"
         if self.shards:
-            paths = [self.folder / Path(shard["file"]).name for shard in self.shards]
+            self.paths = [self.folder / Path(shard["file"]).name for shard in self.shards]
         else:
-            paths = sorted(self.folder.glob(f"*{split}_*.bin")) or [self.folder / f"{split}.bin"]
-        self.files, self.firsts, self.tokens = [], [], 0  # firsts: each file's first token
-        for path in paths:
-            self.dtype, offset, count = read_header(path)
-            self.files.append((path, offset, count))
-            self.firsts.append(self.tokens)
-            self.tokens += count
+            self.paths = (sorted(self.folder.glob(f"*{split}_*.bin"))
+                          or [self.folder / f"{split}.bin"])
+        self.masked = self.paths[0].with_suffix(".mask").is_file()
+        self.dtype, self.offsets = None, {}  # of each file that was looked at: bytes before tokens
+        self.counts = [self.shards[index]["tokens"] if self.by_file else self.look_at(index)
+                       for index in range(len(self.paths))]
+        *self.firsts, self.tokens = accumulate(self.counts, initial=0)  # each file's first token
+        known = "bytes" in info and not self.masked
+        self.bytes_per_token = info["bytes"] / info["tokens"] if known else None
         # a large corpus has more files than a process may hold open
         self.open = lru_cache(maxsize=64)(lambda path: open(path, "rb", buffering=0))
+
+    def look_at(self, index):
+        """Return a file's number of tokens. Raises ValueError where its header does not agree with
+        meta.json, with the files before it or with its mask."""
+        path = self.paths[index]
+        dtype, offset, count = read_header(path)
+        if self.shards and count != (planned := self.shards[index]["tokens"]):
+            raise ValueError(f"{path}: has {count:,} tokens and meta.json says {planned:,}: it has "
+                             "changed since it was prepared; prepare the dataset again")
+        if self.dtype not in (None, dtype):
+            raise ValueError(f"{path}: tokens of {dtype.itemsize} bytes, the files before it have "
+                             f"{self.dtype.itemsize}; prepare the dataset again")
+        if self.masked:
+            mask = path.with_suffix(".mask")
+            *_, marks = read_header(mask, {MASK_FORMAT: "u1"})
+            if marks != count:
+                raise ValueError(f"{mask}: is for {marks:,} tokens, {path.name} has {count:,}; "
+                                 "prepare the dataset again")
+        self.dtype, self.offsets[index] = dtype, offset
+        return count
 
     def rows(self, starts, length):
         """Return (len(starts), length) int64: `length` tokens from each start."""
         raw = b"".join([self.read(start, length) for start in starts.tolist()])
         return np.frombuffer(raw, self.dtype).reshape(-1, length).astype(np.int64)
 
-    def read(self, start, count):
-        """Return the bytes of tokens [start, start + count), across files where needed."""
+    def masks(self, starts, length):
+        """Return (len(starts), length) bool, where the loss counts a token of `rows` as a target;
+        None where all count."""
+        if not self.masked:
+            return None
+        raw = b"".join([self.read(start, length, mask=True) for start in starts.tolist()])
+        return np.frombuffer(raw, np.uint8).reshape(-1, length) != 0
+
+    def read(self, start, count, mask=False):
+        """Return the bytes of tokens [start, start + count), or of their marks in the masks, across
+        files where needed."""
         assert 0 <= start <= self.tokens - count, "sequence_starts keeps within the split"
-        index, width, raw = bisect_right(self.firsts, start) - 1, self.dtype.itemsize, b""
+        index, raw = bisect_right(self.firsts, start) - 1, b""
         while count:
-            path, offset, size = self.files[index]
+            path = self.paths[index]
+            if index not in self.offsets:
+                wait_for(path)
+                self.look_at(index)
             inside = start - self.firsts[index]
-            part = min(count, size - inside)
+            part = min(count, self.counts[index] - inside)
+            width, offset = self.dtype.itemsize, self.offsets[index]
+            if mask:
+                path, width, offset = path.with_suffix(".mask"), 1, 4 * HEADER
             file = self.open(path)
             file.seek(offset + inside * width)
             if len(piece := file.read(part * width)) < part * width:
@@ -156,6 +209,115 @@ class TokenReader:
                                  "since the start, prepare it again")
             raw, start, count, index = raw + piece, start + part, count - part, index + 1
         return raw
+
+    def starts(self, sequences, block_size, seed):
+        """Return where each sequence of a run begins: `sequence_starts` of the split.
+
+        By file: in each epoch the files come in their order, each with its blocks shuffled.
+        """
+        if not self.by_file:
+            return sequence_starts(sequences, self.tokens, block_size, seed)
+        blocks = np.array([blocks_in(count, block_size) for count in self.counts])
+        ends = np.cumsum(blocks)
+        epochs, numbers = np.divmod(sequences, ends[-1])
+        files = np.searchsorted(ends, numbers, side="right")
+        starts = np.empty(len(sequences), np.int64)
+        for index in np.unique(files).tolist():
+            mine, before = files == index, ends[index] - blocks[index]
+            starts[mine] = self.firsts[index] + sequence_starts(
+                epochs[mine] * blocks[index] + numbers[mine] - before, self.counts[index],
+                block_size, f"{seed} file {index}")
+        return starts
+
+    def spread(self, sequences, block_size):
+        """Return the starts of at most so many sequences, evenly spread over the split."""
+        blocks = (self.tokens - 1) // block_size
+        return np.unique(np.arange(sequences) * blocks // sequences) * block_size
+
+
+class Mixture:
+    """One split of one dataset or of several, whose sequences come in exact shares.
+
+    mix: as `parse_mix` returns it. Raises ValueError where a split is shorter than a sequence.
+    """
+
+    def __init__(self, mix, split, block_size):
+        self.weights, self.block_size = list(mix.values()), block_size
+        self.readers = {name: TokenReader(name, split) for name in mix}
+        readers = self.readers.values()
+        for reader in readers:
+            longest = max(reader.counts) if reader.by_file else reader.tokens
+            if longest <= block_size:
+                raise ValueError(
+                    f"block_size={block_size} needs {block_size + 1:,} tokens, the {split} split "
+                    f"of {reader.folder} has {longest:,}; use a smaller --block_size or prepare "
+                    "more text")
+        self.folder = " + ".join(str(reader.folder) for reader in readers)
+        self.tokens = sum(reader.tokens for reader in readers)
+        self.shards = [{"dataset": name, **shard} for name, reader in self.readers.items()
+                       for shard in reader.shards]
+        sizes = [reader.bytes_per_token for reader in readers]
+        self.bytes_per_token = None if None in sizes else self.mean(sizes)
+
+    def mean(self, values):
+        """Return the mean of one value per dataset, in the datasets' shares."""
+        return (sum(weight * value for weight, value in zip(self.weights, values, strict=True))
+                / sum(self.weights))
+
+    def sequences(self, numbers, seed):
+        """Return (rows (n, block_size + 1) int64, their masks or None) of the run's sequences with
+        these numbers, (n,) counted from the start of the run; a pure function."""
+        T, readers = self.block_size, list(self.readers.values())
+        rows, mask = np.empty((len(numbers), T + 1), np.int64), None
+        if any(reader.masked for reader in readers):
+            mask = np.ones(rows.shape, bool)
+        places = np.array([place(number, self.weights) for number in numbers.tolist()])
+        for index in np.unique(places[:, 0]).tolist():
+            mine, reader = places[:, 0] == index, readers[index]
+            starts = reader.starts(places[mine, 1], T, f"{seed}.{index}" if index else seed)
+            rows[mine] = reader.rows(starts, T + 1)
+            if reader.masked:
+                mask[mine] = reader.masks(starts, T + 1)
+        return rows, mask
+
+
+def parse_mix(mix, dataset):
+    """Return {dataset: weight}, whole numbers in the shares of mix, 'a:0.7,b:0.3', or of `dataset`
+    alone where mix is ''. The shares need not sum to 1."""
+    if not mix:
+        return {dataset: 1}
+    shares, names = {}, set()
+    for part in mix.split(","):
+        name, _, share = (text.strip() for text in part.rpartition(":"))
+        if not name or not re.fullmatch(r"[0-9]*\.?[0-9]+", share) or not Fraction(share):
+            raise ValueError(f"mix={mix!r}: {part!r} is not a dataset and its share above 0; write "
+                             "--mix=NAME:0.7,OTHER:0.3")
+        if (last := dataset_folder(name).name) in names:
+            raise ValueError(f"mix={mix!r}: {last!r} is in it twice; give it one share")
+        names.add(last)
+        shares[name] = Fraction(share)
+    unit = lcm(*(share.denominator for share in shares.values()))
+    return {name: int(share * unit) for name, share in shares.items()}
+
+
+def place(number, weights):
+    """Return (which dataset, its sequence's number in that dataset's own run); a pure function.
+
+    The datasets are halved until one is left. Of the first n sequences of a group its left half
+    has n * share, rounded, so that a level adds at most 1/2 to what a dataset is off by: of the
+    first n it has its share of n, off by 1/2 at most with two datasets, by less than
+    ceil(log2(datasets)) / 2 with more, so by less than 1 with four.
+    """
+    first, last = 0, len(weights)
+    while last - first > 1:
+        middle = (first + last) // 2
+        part, whole = sum(weights[first:middle]), sum(weights[first:last])
+        before, after = ((2 * n * part + whole) // (2 * whole) for n in (number, number + 1))
+        if after > before:
+            number, last = before, middle
+        else:
+            number, first = number - before, middle
+    return first, number
 
 
 def load_meta(dataset):
@@ -181,7 +343,20 @@ def load_meta(dataset):
     return None
 
 
-def read_header(path):
+def wait_for(path):
+    """Wait for a file that prepare.py is downloading; ValueError after half an hour without it."""
+    until = time.monotonic() + PATIENCE
+    if not path.is_file():
+        print(f"waiting for {path}, which prepare.py is downloading", file=sys.stderr, flush=True)
+    while not path.is_file():
+        if time.monotonic() > until:
+            raise ValueError(f"{path}: not there after {PATIENCE / 60:g} minutes; run the "
+                             "preparation again: python prepare.py "
+                             f"--dataset={path.parent.name} --ready_made=True")
+        time.sleep(POLL)
+
+
+def read_header(path, formats=FORMATS):
     """Return (dtype, offset in bytes, tokens) of a token file; ValueError if it is damaged."""
     try:
         size = path.stat().st_size
@@ -190,7 +365,7 @@ def read_header(path):
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; prepare the dataset again") from error
     magic, version, count = header[:3].tolist() or (0, 0, 0)
-    dtype, offset = FORMATS.get((magic, version)), 4 * HEADER
+    dtype, offset = formats.get((magic, version)), 4 * HEADER
     if not dtype and path.name not in ("train.bin", "val.bin"):
         raise ValueError(f"{path}: not a token file, or not of a version that is known "
                          f"(magic {magic}, version {version}); prepare the dataset again")
@@ -210,10 +385,8 @@ def sequence_starts(sequences, tokens, block_size, seed):
     split is cut into blocks of block_size (from another first token each time, so that the cuts
     move), and each block comes once, in an order that depends on the seed and the epoch alone.
     """
-    if tokens <= block_size:
-        raise ValueError(f"block_size={block_size} needs {block_size + 1:,} tokens, the training "
-                         f"split has {tokens:,}; use a smaller --block_size or more text")
-    blocks = max(1, tokens // block_size - 1)
+    blocks = blocks_in(tokens, block_size)
+    assert blocks, "Mixture checks the length"
     starts = []
     for number in sequences.tolist():
         epoch, block = divmod(number, blocks)
@@ -222,7 +395,12 @@ def sequence_starts(sequences, tokens, block_size, seed):
     return np.array(starts, np.int64)
 
 
-@lru_cache(maxsize=8)
+def blocks_in(tokens, block_size):
+    """Return the sequences of an epoch of so many tokens: with room to move the cuts."""
+    return max(1, tokens // block_size - 1) if tokens > block_size else 0
+
+
+@lru_cache(maxsize=64)
 def starts_of_chunk(epoch, chunk, blocks, tokens, block_size, seed):
     """Return the starts of an epoch's sequences [chunk * CHUNK, (chunk + 1) * CHUNK), a list."""
     key = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=32).digest()

@@ -28,7 +28,7 @@ from model import GPT, IGNORE, GPTConfig, find_checkpoint, load_model, save_weig
 from optim import adamw, lr_at
 from runtime import compile_model, describe, peak_flops, seed_for, setup
 from tokenizer import Tokenizer, load_tokenizer
-from tokens import TokenReader, load_json, sequence_starts, write_aside
+from tokens import Mixture, load_json, parse_mix, write_aside
 
 MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
 NOT_RESUMED = ("out_dir", "init_from", "eval_only")  # settings that a resumed run gives anew
@@ -36,7 +36,7 @@ NOT_RESUMED = ("out_dir", "init_from", "eval_only")  # settings that a resumed r
 
 def main(
     # run
-    out_dir="",  # where the run goes ('': out/<dataset>)
+    out_dir="",  # where the run goes ('': out/<dataset>, or out/<a>+<b>)
     init_from="scratch",  # scratch, resume, a checkpoint's folder, gpt2, gpt2-medium, -large, -xl
     max_iters=600000,  # iterations (optimizer updates) in all
     eval_interval=2000,  # iterations between evaluations, each with a checkpoint
@@ -52,6 +52,7 @@ def main(
     wandb_run_name="",  # its name for the run ('': the run's folder)
     # data
     dataset="openwebtext",  # data/<dataset>, made by prepare.py; or a folder's path
+    mix="",  # several datasets and their shares instead of it: fineweb:0.7,mytext:0.3
     total_batch_size=0,  # tokens per iteration over all devices; 0: as the next keys give it
     gradient_accumulation_steps=40,  # micro-steps per iteration over all devices, where that is 0
     batch_size=12,  # sequences per micro-step and device
@@ -83,8 +84,8 @@ def main(
     runtime = setup(device, dtype, backend)
     micro_steps = split_batch(config, runtime.world_size)
     tokens_per_iter = micro_steps * runtime.world_size * batch_size * block_size
-    train_data, val_data = TokenReader(dataset, "train"), TokenReader(dataset, "val")
-    check_length(train_data, val_data, block_size)
+    train_data, val_data = (Mixture(parse_mix(mix, dataset), split, block_size)
+                            for split in ("train", "val"))
     run_dir = run_folder(config)
     model, tokenizer, before = make_model(config)
     model.to(runtime.device)
@@ -107,10 +108,10 @@ def main(
     while True:
         due = iter_num % eval_interval == 0 or iter_num == max_iters
         if eval_only or due and iter_num != before.get("iter_num"):
-            val_loss = evaluate(wrapped, model.config, val_data, eval_iters * batch_size,
-                                batch_size, runtime)
-            row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter, "val_loss": val_loss,
-                   **bits_per_byte(val_loss, val_data)}
+            row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter,
+                   **validate(wrapped, model.config, val_data, eval_iters * batch_size, batch_size,
+                              runtime)}
+            val_loss = row["val_loss"]
             record(row)
             runtime.say(f"step {iter_num}: " + ", ".join(
                 f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val")))
@@ -135,7 +136,8 @@ def main(
         batches = batches or load_batches(train_data, iter_num, micro_steps, config, model, runtime)
         loss, grad_norm = train_step(wrapped, optimizer, scaler, batches, grad_clip, runtime)
         # on a GPU the step is still under way while the next tokens are read
-        batches = load_batches(train_data, iter_num + 1, micro_steps, config, model, runtime)
+        batches = (load_batches(train_data, iter_num + 1, micro_steps, config, model, runtime)
+                   if iter_num + 1 < max_iters else None)
         since_clock += 1
         if iter_num % log_interval == 0:
             loss, grad_norm = runtime.sum(loss).item(), grad_norm.item()  # waits for the device
@@ -191,16 +193,9 @@ def split_batch(config, world_size):
     return total // unit if total else steps // world_size
 
 
-def check_length(train_data, val_data, block_size):
-    for data, split in ((train_data, "training"), (val_data, "validation")):
-        if data.tokens <= block_size:
-            raise ValueError(f"block_size={block_size} needs {block_size + 1:,} tokens, the "
-                             f"{split} split of {data.folder} has {data.tokens:,}; use a smaller "
-                             "--block_size or prepare more text")
-
-
 def run_folder(config):
-    return Path(config["out_dir"] or Path("out", Path(config["dataset"]).name))
+    names = [Path(name).name for name in parse_mix(config["mix"], config["dataset"])]
+    return Path(config["out_dir"] or Path("out", "+".join(names)))
 
 
 def names_gpt2(init_from):
@@ -232,7 +227,7 @@ def make_model(config):
 
     Raises ValueError where the checkpoint has another size or another vocabulary than the run.
     """
-    tokenizer, before = load_tokenizer(config["dataset"]), {}
+    tokenizer, before = load_tokenizer(*parse_mix(config["mix"], config["dataset"])), {}
     init_from, sizes = config["init_from"], {key: config[key] for key in MODEL_KEYS}
     if init_from == "scratch":
         with torch.device("meta"):  # torch's own first weights are not computed, ours replace them
@@ -252,7 +247,8 @@ def make_model(config):
     if its_tokenizer.spec != tokenizer.spec:
         raise ValueError(
             f"{place} was trained with the tokenizer {its_tokenizer.kind} "
-            f"({its_tokenizer.vocab_size:,} tokens), {config['dataset']} is prepared with another, "
+            f"({its_tokenizer.vocab_size:,} tokens), "
+            f"{config['mix'] or config['dataset']} is prepared with another, "
             f"{tokenizer.kind} ({tokenizer.vocab_size:,}); prepare it with the same one")
     for key, value in sizes.items():
         has = getattr(model.config, key)
@@ -330,31 +326,35 @@ def load_batches(data, iter_num, micro_steps, config, model, runtime):
     B, T, world = config["batch_size"], config["block_size"], runtime.world_size
     steps = iter_num * micro_steps + np.arange(micro_steps)
     sequences = ((steps * world + runtime.rank) * B)[:, None] + np.arange(B)  # (micro_steps, B)
-    starts = sequence_starts(sequences.ravel(), data.tokens, T, config["seed"])
-    rows = to_device(data, starts, T, model.config, runtime).view(micro_steps, B, T + 1)
-    return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
+    rows, mask = data.sequences(sequences.ravel(), config["seed"])
+    pair = to_device(data, rows, mask, model.config, runtime).view(2, micro_steps, B, T)
+    return list(zip(*pair, strict=True))
 
 
-def to_device(data, starts, block_size, config, runtime):
-    """Return the (len(starts), block_size + 1) tokens from each start, on the device."""
-    rows = data.rows(starts, block_size + 1)
+def to_device(data, rows, mask, config, runtime):
+    """Return (2, n, T) int64 on the device, tokens and targets, of rows (n, T + 1) and their mask:
+    targets that it does not count are IGNORE."""
     if rows.max() >= config.vocab_size:
         raise ValueError(f"{data.folder} has token {rows.max()}, the model's vocabulary has "
                          f"{config.vocab_size}; prepare the dataset again")
-    rows = torch.from_numpy(rows)
+    pair = np.stack([rows[:, :-1], rows[:, 1:]])
+    if mask is not None:
+        pair[1][~mask[:, 1:]] = IGNORE
+    pair = torch.from_numpy(pair)
     if runtime.device.type == "cuda":
-        return rows.pin_memory().to(runtime.device, non_blocking=True)
-    return rows.to(runtime.device)
+        return pair.pin_memory().to(runtime.device, non_blocking=True)
+    return pair.to(runtime.device)
 
 
 def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
     """Do one optimizer update; return (loss, gradient norm) as tensors on the device.
 
     The loss is per target token: each micro-step's sum is divided by the number of targets over
-    all micro-steps and processes, so that neither accumulation nor masks bias it. The loss
-    returned is this process's share: the sum over processes is the iteration's.
+    all micro-steps and processes, so that neither accumulation nor masks bias it; without any
+    target it is 0. The loss returned is this process's share: the sum over processes is the
+    iteration's.
     """
-    count = runtime.sum(sum((targets != IGNORE).sum() for _, targets in batches))
+    count = runtime.sum(sum((targets != IGNORE).sum() for _, targets in batches)).clamp(min=1)
     loss = torch.zeros((), device=runtime.device)
     for micro_step, (tokens, targets) in enumerate(batches, 1):
         last = micro_step == len(batches)
@@ -372,15 +372,29 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
     return loss, grad_norm
 
 
+def validate(model, config, data, sequences, batch_size, runtime):
+    """Return {'val_loss': ...}, nats per token, over about so many sequences of a Mixture in its
+    shares, with 'val_bpb' where the bytes of the text are known, and each dataset's own loss."""
+    losses = {}
+    for (name, reader), weight in zip(data.readers.items(), data.weights, strict=True):
+        share = -(-sequences * weight // sum(data.weights))
+        losses[f"val_loss_{Path(name).name}"] = evaluate(model, config, reader, share, batch_size,
+                                                         runtime)
+    row = {"val_loss": data.mean(losses.values())}
+    if data.bytes_per_token:
+        row["val_bpb"] = row["val_loss"] / math.log(2) / data.bytes_per_token
+    return {**row, **losses} if len(losses) > 1 else row
+
+
 @torch.no_grad()
 def evaluate(model, config, data, sequences, batch_size, runtime):
-    """Return the mean loss, nats per token, of that many sequences spread over the split.
+    """Return the mean loss, nats per token, of that many sequences spread over a reader's split.
 
-    The sequences are the same each time and for any number of processes, which share them.
+    The sequences are the same each time and for any number of processes, which share them. Raises
+    ValueError where the mask leaves no target in them.
     """
     T, B = config.block_size, batch_size
-    blocks = (data.tokens - 1) // T
-    starts = np.unique(np.arange(sequences) * blocks // sequences) * T
+    starts = data.spread(sequences, T)
     mine = starts[runtime.rank::runtime.world_size]
     rounds = -(-len(starts) // (runtime.world_size * B))
     total, count = 0.0, 0
@@ -388,25 +402,23 @@ def evaluate(model, config, data, sequences, batch_size, runtime):
     for i in range(rounds):
         part = mine[i * B:(i + 1) * B]
         padding = np.zeros(B - len(part), np.int64)  # full batches: one shape, compiled once
-        rows = to_device(data, np.concatenate([part, padding]), T, config, runtime)
-        targets = rows[:, 1:].contiguous()
+        places = np.concatenate([part, padding])
+        tokens, targets = to_device(data, data.rows(places, T + 1), data.masks(places, T + 1),
+                                    config, runtime)
         targets[len(part):] = IGNORE
         with runtime.autocast():
-            losses = model(rows[:, :-1].contiguous(), targets)
-        total, count = total + losses.sum().item(), count + len(part) * T
+            losses = model(tokens, targets)
+        total, count = total + losses.sum().item(), count + (targets != IGNORE).sum().item()
     model.train()
     total, count = runtime.sum(torch.tensor([total, count], dtype=torch.float64, device=(
         runtime.device if runtime.world_size > 1 else "cpu"))).tolist()
+    if not count:
+        raise ValueError(f"{data.folder}: its mask leaves no target in the {len(starts)} sequences "
+                         f"of an evaluation; raise --eval_iters, or prepare the dataset again")
     return total / count
 
 
 # ---------------------------------------------------------------------- what a run leaves
-
-
-def bits_per_byte(val_loss, data):
-    """Return {'val_bpb': ...}, or {} where the bytes of the text are not known."""
-    size = data.bytes_per_token
-    return {"val_bpb": val_loss / math.log(2) / size} if size else {}
 
 
 def mfu(model, tokens_per_s, runtime):

@@ -514,3 +514,21 @@ def test_bad_settings_are_found_before_reading(do, monkeypatch):
                            ({"bpe_characters": 0}, "bpe_characters=0: must be at least 1")):
         with pytest.raises(ValueError, match=says):
             do(["text"], tokenizer="bpe", **settings)
+
+
+def test_a_download_without_tokenizer_json_has_gpt2_s(tmp_path, gpt2):
+    (tmp_path / "meta.json").write_text('{"tokenizer": "gpt2", "splits": {}}')
+    assert load_tokenizer(f"{tmp_path}").spec == gpt2.spec
+    (tmp_path / "meta.json").write_text('{"tokenizer": "chars", "splits": {}}')
+    with pytest.raises(ValueError, match="tokenizer.json: No such file"):
+        load_tokenizer(f"{tmp_path}")
+
+
+def test_datasets_of_a_mix_need_one_tokenizer(tmp_path):
+    for name, alphabet in (("a", "xy"), ("b", "xy"), ("c", "xyz")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text('{"splits": {}}')
+        Tokenizer({"kind": "chars", "alphabet": alphabet, "documents": False}).save(tmp_path / name)
+    assert load_tokenizer(f"{tmp_path}/a", f"{tmp_path}/b").vocab_size == 2
+    with pytest.raises(ValueError, match=r"/a has the tokenizer chars \(2 .*/c another, chars \(3"):
+        load_tokenizer(f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c")

@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tokens
-from tokens import TokenReader, permute, read_header, sequence_starts
+from tokens import Mixture, TokenReader, parse_mix, permute, place, read_header, sequence_starts
 
 ROOT = Path(tokens.__file__).parent
 
@@ -21,6 +22,20 @@ def llmc_file(path, ids, magic=20240520, version=1, count=None, dtype="<u2"):
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(ids) if count is None else count
     path.write_bytes(header.tobytes() + np.asarray(ids).astype(dtype).tobytes())
+
+
+def mask_file(path, marks, count=None):
+    header = np.array([20241121, 1, len(marks) if count is None else count, *[0] * 253], "<i4")
+    path.write_bytes(header.tobytes() + bytes(marks))
+
+
+def planned(folder, counts, **meta):
+    """Write the meta.json of a download that is under way: {split: {file: tokens}}."""
+    splits = {split: {"tokens": sum(files.values()), "shards": [
+        {"file": name, "tokens": count} for name, count in files.items()]}
+        for split, files in counts.items()}
+    (folder / "meta.json").write_text(json.dumps(
+        {"dataset": "x", "tokenizer": "gpt2", "vocab_size": 50257, "splits": splits, **meta}))
 
 
 def everything(reader):
@@ -217,6 +232,193 @@ def test_a_corpus_of_very_many_files(tmp_path):
         assert 1 < len(os.listdir("/proc/self/fd")) - before < 70
 
 
+def test_files_of_two_widths_are_refused(ready_made):
+    llmc_file(ready_made / "fineweb_train_000003.bin", [7], 20240801, 7, dtype="<u4")
+    with pytest.raises(ValueError, match="train_000003.bin: tokens of 4 bytes, .* before it have"):
+        TokenReader(f"{ready_made}", "train")
+
+
+def test_files_that_changed_since_they_were_prepared_are_refused(ready_made):
+    planned(ready_made, {"train": {"fineweb_train_000001.bin": 51}})
+    with pytest.raises(ValueError, match="000001.bin: has 50 tokens and meta.json says 51: it has"):
+        TokenReader(f"{ready_made}", "train")
+
+
+# ---------------------------------------------------------------------- loss masks
+
+
+def test_masks_are_read_beside_the_tokens(ready_made):
+    assert TokenReader(f"{ready_made}", "train").masks(np.array([0]), 3) is None
+    marks = np.random.default_rng(7).integers(0, 2, 80)
+    mask_file(ready_made / "fineweb_train_000001.mask", marks[:50].tolist())
+    mask_file(ready_made / "fineweb_train_000002.mask", marks[50:].tolist())
+    reader, starts = TokenReader(f"{ready_made}", "train"), np.array([0, 48, 50, 73, 7])
+    masks = reader.masks(starts, 7)
+    assert masks.dtype == bool
+    assert masks.tolist() == [(marks[i:i + 7] == 1).tolist() for i in starts]
+    rows, mask = Mixture({f"{ready_made}": 1}, "train", 7).sequences(np.arange(5), seed=3)
+    ids = np.array([*range(100, 150), *range(200, 230)])
+    assert mask.tolist() == (marks[np.searchsorted(ids, rows)] == 1).tolist()
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda path: path.unlink(), "fineweb_train_000002.mask: No such file"),
+    (lambda path: mask_file(path, [1] * 29), "000002.mask: is for 29 tokens, .*002.bin has 30"),
+    (lambda path: mask_file(path, [1] * 29, count=30), "should have 30 tokens and has 29"),
+    (lambda path: llmc_file(path, range(30)), "fineweb_train_000002.mask: not a token file"),
+], ids=["missing", "short", "cut", "tokens"])
+def test_a_mask_that_does_not_fit(ready_made, change, says):
+    mask_file(ready_made / "fineweb_train_000001.mask", [1] * 50)
+    mask_file(ready_made / "fineweb_train_000002.mask", [1] * 30)
+    change(ready_made / "fineweb_train_000002.mask")
+    with pytest.raises(ValueError, match=says):
+        TokenReader(f"{ready_made}", "train")
+
+
+# ---------------------------------------------------------------------- files that land
+
+
+LANDING = {"train": {f"x_train_{i:06d}.bin": count for i, count in enumerate([50, 3, 36, 90])},
+           "val": {"x_val_000000.bin": 40}}
+
+
+def land(folder, *names):
+    """Let files of LANDING arrive whole, as a download does; without names all of them."""
+    first = 0
+    for name, count in [*LANDING["train"].items(), *LANDING["val"].items()]:
+        if not names or name in names:
+            llmc_file(folder / "aside", range(first, first + count))
+            os.replace(folder / "aside", folder / name)
+        first += count
+
+
+def test_by_file_each_block_comes_once_per_epoch_file_after_file(tmp_path):
+    planned(tmp_path, LANDING, order="by_file")
+    reader = TokenReader(f"{tmp_path}", "train")  # nothing is there yet
+    assert (reader.tokens, reader.bytes_per_token) == (179, None)
+    blocks, ends = [6, 0, 4, 11], [50, 53, 89, 179]  # of 7 tokens: the second file has none
+    starts = reader.starts(np.arange(3 * 21), 7, seed=5)
+    orders = []
+    for epoch in starts.reshape(3, 21):
+        parts = np.split(epoch, np.cumsum(blocks)[:-1])
+        for part, count, end, size in zip(parts, blocks, ends, LANDING["train"].values(),
+                                          strict=True):
+            assert len({*part.tolist()}) == count and len({*(part % 7).tolist()}) == (count > 0)
+            assert all(end - size <= start <= end - 8 for start in part)  # within its file
+        orders.append((parts[0].tolist(), parts[3].tolist()))
+    assert orders[0] != orders[1] != orders[2]
+    shuffled = np.random.default_rng(3).permutation(3 * 21)
+    assert reader.starts(shuffled, 7, seed=5).tolist() == starts[shuffled].tolist()
+    assert reader.starts(np.arange(63), 7, seed=6).tolist() != starts.tolist()
+    with pytest.raises(ValueError, match="block_size=90 needs 91 tokens, the train .* has 90"):
+        Mixture({f"{tmp_path}": 1}, "train", 90)
+
+
+def test_a_file_that_is_needed_is_waited_for(tmp_path, monkeypatch, capsys):
+    planned(tmp_path, LANDING, order="by_file")
+    monkeypatch.setattr(tokens, "POLL", 0.01)
+    land(tmp_path, "x_train_000000.bin")
+    data = Mixture({f"{tmp_path}": 1}, "train", 7)
+    first, _ = data.sequences(np.arange(6), seed=5)
+    assert first.max() < 50 and capsys.readouterr().err == ""
+    late = threading.Timer(0.3, land, [tmp_path, "x_train_000002.bin"])
+    late.start()
+    second, _ = data.sequences(np.arange(10), seed=5)
+    late.join()
+    assert capsys.readouterr().err == (f"waiting for {tmp_path / 'x_train_000002.bin'}, which "
+                                       "prepare.py is downloading\n")
+    land(tmp_path)
+    whole, _ = Mixture({f"{tmp_path}": 1}, "train", 7).sequences(np.arange(10), seed=5)
+    assert whole.tolist() == second.tolist() and whole[:6].tolist() == first.tolist()
+
+
+def test_a_file_that_does_not_come_or_is_another(tmp_path, monkeypatch):
+    planned(tmp_path, LANDING, order="by_file")
+    monkeypatch.setattr(tokens, "POLL", 0.01)
+    monkeypatch.setattr(tokens, "PATIENCE", 0.06)
+    data = Mixture({f"{tmp_path}": 1}, "train", 7)
+    with pytest.raises(ValueError, match="x_train_000000.bin: not there after 0.001 minutes; run"):
+        data.sequences(np.arange(6), seed=5)
+    llmc_file(tmp_path / "x_train_000000.bin", range(49))
+    with pytest.raises(ValueError, match="has 49 tokens and meta.json says 50"):
+        data.sequences(np.arange(6), seed=5)
+    land(tmp_path, "x_train_000000.bin")
+    llmc_file(tmp_path / "x_train_000002.bin", range(36), 20240801, 7, dtype="<u4")
+    with pytest.raises(ValueError, match="x_train_000002.bin: tokens of 4 bytes"):
+        data.sequences(np.arange(10), seed=5)
+    planned(tmp_path, LANDING, order="sideways")
+    with pytest.raises(ValueError, match="order 'sideways', this version knows by_file"):
+        TokenReader(f"{tmp_path}", "train")
+
+
+# ---------------------------------------------------------------------- mixtures
+
+
+@pytest.mark.parametrize("mix", [
+    "a:0.7,b:0.3", "a:0.5,b:0.5", "a:0.999,b:0.001", "a:1,b:2", "a:0.333333333333,b:0.666666666667",
+    "a:0.3333,b:0.3333,c:0.3334", "a:0.001,b:0.998,c:0.001", "a:.1,b:.2,c:.3,d:.4",
+    "a:0.97,b:0.01,c:0.01,d:0.01", "a:1,b:2,c:3,d:4,e:5,f:6,g:7,h:8"])
+def test_after_any_number_of_sequences_each_dataset_has_its_share(mix):
+    weights = list(parse_mix(mix, "").values())
+    bound = 0.5 if len(weights) == 2 else int(np.ceil(np.log2(len(weights)))) / 2
+    for first in (0, 10**12):  # and there is no drift
+        places = [place(number, weights) for number in range(first, first + 3000)]
+        for which, weight in enumerate(weights):
+            own = [(n, index) for n, (its, index) in enumerate(places, first) if its == which]
+            indices = [index for _, index in own]
+            assert indices == [*range(indices[0], indices[0] + len(own))] if own else True
+            assert first or not own or indices[0] == 0
+            for n, index in own:  # before sequence n its count is index, after it index + 1
+                for count, total in ((index, n), (index + 1, n + 1)):
+                    off = abs(count * sum(weights) - total * weight) / sum(weights)
+                    assert off < bound or off == bound == 0.5
+    shuffled = np.random.default_rng(3).permutation(500).tolist()
+    assert [place(n, weights) for n in shuffled] == [
+        [place(n, weights) for n in range(500)][n] for n in shuffled]
+
+
+def test_shares_are_exact():
+    assert parse_mix("", "mine") == {"mine": 1}
+    assert parse_mix("fineweb:0.7,mytext:0.3", "other") == {"fineweb": 7, "mytext": 3}
+    assert parse_mix("a:0.1, b:0.35", "") == {"a": 2, "b": 7}
+    assert parse_mix("C:/x:2,b:.5", "") == {"C:/x": 4, "b": 1}
+
+
+@pytest.mark.parametrize("mix, says", [
+    ("a:0.7,b", "'b' is not a dataset and its share above 0"), ("a:0.7,b:-1", "'b:-1' is not"),
+    ("a:0,b:1", "'a:0' is not"), ("a:0.0,b:1", "'a:0.0' is not"), ("a:1,", "'' is not"),
+    (":1", "':1' is not"), ("a:nan", "'a:nan' is not"), ("a:1e9", "'a:1e9' is not"),
+    ("a:1,b:1,a:2", "'a' is in it twice"), ("a:1,x/a:2", "'a' is in it twice")])
+def test_a_mix_that_is_none(mix, says):
+    with pytest.raises(ValueError, match=f"mix='{mix}': {says}"):
+        parse_mix(mix, "")
+
+
+def test_each_dataset_of_a_mixture_has_its_own_order_and_epochs(tmp_path):
+    for name, first in (("a", 0), ("b", 1000), ("c", 2000)):
+        (tmp_path / name).mkdir()
+        llmc_file(tmp_path / name / "train_000000.bin", range(first, first + 100))
+    mask_file(tmp_path / "b" / "train_000000.mask", [0] * 100)
+    mix = parse_mix(f"{tmp_path}/a:0.5,{tmp_path}/b:0.3,{tmp_path}/c:0.2", "")
+    data = Mixture(mix, "train", 10)
+    rows, mask = data.sequences(np.arange(90), seed=5)
+    assert rows.shape == (90, 11) and (np.diff(rows) == 1).all()
+    assert mask.tolist() == [[row[0] // 1000 != 1] * 11 for row in rows]  # only b's is masked
+    assert data.tokens == 300 and data.bytes_per_token is None
+    own = [[row[0] % 1000 for row in rows if row[0] // 1000 == which] for which in range(3)]
+    assert list(map(len, own)) == [45, 27, 18]
+    for starts in own:
+        for epoch in range(len(starts) // 9):  # each of nine blocks once
+            assert len({start // 10 for start in starts[9 * epoch:9 * epoch + 9]}) == 9
+    assert own[0][:9] != own[1][:9] != own[2][:9] != own[0][:9]
+    alone, _ = Mixture({f"{tmp_path}/a": 1}, "train", 10).sequences(np.arange(45), seed=5)
+    assert alone[:, 0].tolist() == own[0]
+    shuffled = np.random.default_rng(3).permutation(90)
+    for part in np.split(shuffled, [7, 8, 60]):
+        again, marks = data.sequences(part, seed=5)
+        assert np.array_equal(again, rows[part]) and np.array_equal(marks, mask[part])
+
+
 # ---------------------------------------------------------------------- small files
 
 
@@ -335,10 +537,11 @@ def test_an_iteration_across_the_end_of_an_epoch():
     assert across.tolist() == [*epochs[0, -2:], *epochs[1, :3]]
 
 
-def test_a_block_longer_than_the_split_is_refused():
+def test_a_split_shorter_than_a_sequence_is_refused(ready_made):
     assert sequence_starts(np.arange(3), 8, 7, seed=1).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="block_size=7 needs 8 tokens, the training split has 7"):
-        sequence_starts(np.arange(3), 7, 7, seed=1)
+    assert Mixture({f"{ready_made}": 1}, "val", 39).tokens == 40
+    with pytest.raises(ValueError, match="block_size=40 needs 41 tokens, the val split of .* 40;"):
+        Mixture({f"{ready_made}": 1}, "val", 40)
 
 
 # ---------------------------------------------------------------------- memory

@@ -20,7 +20,7 @@ import train
 from model import GPT, IGNORE, GPTConfig
 from optim import adamw
 from runtime import Runtime
-from tokens import TokenReader
+from tokens import Mixture, TokenReader
 
 ROOT = Path(train.__file__).parent
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -159,7 +159,7 @@ def test_gradient_is_clipped():
 @pytest.mark.parametrize("world_size, micro_steps, batch_size", [(1, 6, 2), (3, 2, 2), (2, 1, 6)])
 def test_an_iteration_has_the_same_sequences_however_divided(
         dataset, world_size, micro_steps, batch_size):
-    data, model = TokenReader(dataset, "train"), GPT(GPTConfig(13, 64, 1, 1, 7))
+    data, model = Mixture({dataset: 1}, "train", 13), GPT(GPTConfig(13, 64, 1, 1, 7))
     config = {"batch_size": batch_size, "block_size": 13, "seed": 5}
     rows = set()
     for rank in range(world_size):
@@ -295,7 +295,8 @@ def test_a_checkpoint_says_where_it_comes_from(tmp_path, dataset):
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["model"]["n_embd"] == 21 and meta["config"]["learning_rate"] == 1e-2
     assert meta["tokens"] == 13 * 2 * 3 and meta["versions"]["torch"] == torch.__version__
-    assert meta["shards"] == TokenReader(dataset, "train").shards
+    assert meta["shards"] == [{"dataset": dataset, **shard}
+                              for shard in TokenReader(dataset, "train").shards]
 
 
 def test_eval_only_writes_nothing(tmp_path, dataset, capsys):
@@ -428,7 +429,7 @@ def test_another_tokenizer_is_refused(tmp_path, dataset):
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path, dataset):
-    data, model = TokenReader(dataset, "train"), GPT(GPTConfig(13, 5, 1, 1, 7))
+    data, model = Mixture({dataset: 1}, "train", 13), GPT(GPTConfig(13, 5, 1, 1, 7))
     with pytest.raises(ValueError, match="has token .* the model's vocabulary has 5"):
         train.load_batches(data, 0, 1, {"batch_size": 9, "block_size": 13, "seed": 1}, model, CPU)
 
