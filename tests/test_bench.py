@@ -6,6 +6,7 @@ import pytest
 
 import bench
 import configurator
+import prepare
 import train
 
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=7", "--block_size=13", "--batch_size=2",
@@ -24,6 +25,15 @@ def test_times_the_training_step(capsys, monkeypatch):
     assert row["tokens_per_s"] == pytest.approx(1000 * 3 * 2 * 13 / row["ms_median"])
     assert 0 < row["batch_source_share"] < 1 and row["peak_memory_mb"] > 10
     assert "mfu" not in row  # a CPU's peak is not known
+
+
+def test_times_a_mixture(capsys, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("some text " * 99)
+        prepare.main(dataset=f"{tmp_path}/{name}", input=f"{tmp_path}/{name}.txt")
+    configurator.run(bench.main, base=train.main, argv=[
+        *TINY, "--random=False", f"--mix={tmp_path}/a:0.7,{tmp_path}/b:0.3"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["iterations"] == 5
 
 
 def test_profile_writes_a_trace(capsys, tmp_path):

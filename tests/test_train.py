@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,11 +17,12 @@ from safetensors.torch import load_file
 
 import configurator
 import prepare
+import tokens as token_files
 import train
 from model import GPT, IGNORE, GPTConfig
 from optim import adamw
 from runtime import Runtime
-from tokens import Mixture, TokenReader
+from tokens import Mixture, TokenReader, parse_mix
 
 ROOT = Path(train.__file__).parent
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -34,13 +36,22 @@ TIMINGS = ("ms", "tokens_per_s", "mfu")
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """A corpus of a few thousand characters that a tiny model can learn something of."""
-    rng = random.Random(7)
+    return made_of_words(tmp_path_factory.mktemp("data"), "words", seed=7, sentences=90)
+
+
+@pytest.fixture(scope="session")
+def mix(dataset):
+    """Seven tenths of that corpus and three tenths of a smaller one with the same characters."""
+    return f"{dataset}:0.7,{made_of_words(Path(dataset).parent, 'few', seed=3, sentences=30)}:0.3"
+
+
+def made_of_words(folder, name, seed, sentences):
+    rng = random.Random(seed)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run"]
-    text = ".\n".join(" ".join(rng.choices(words, k=7)) for _ in range(90))
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "words.txt").write_text(text)
-    prepare.main(dataset=f"{folder}/words", input=f"{folder}/words.txt", tokenizer="chars")
-    return f"{folder}/words"
+    text = ".\n".join(" ".join(rng.choices(words, k=7)) for _ in range(sentences))
+    (folder / f"{name}.txt").write_text(text)
+    prepare.main(dataset=f"{folder}/{name}", input=f"{folder}/{name}.txt", tokenizer="chars")
+    return f"{folder}/{name}"
 
 
 @pytest.fixture(autouse=True)
@@ -156,10 +167,12 @@ def test_gradient_is_clipped():
     assert norms[1] == pytest.approx((norms[0][0], 1e-3), rel=1e-3)  # the norm before clipping
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("world_size, micro_steps, batch_size", [(1, 6, 2), (3, 2, 2), (2, 1, 6)])
 def test_an_iteration_has_the_same_sequences_however_divided(
-        dataset, world_size, micro_steps, batch_size):
-    data, model = Mixture({dataset: 1}, "train", 13), GPT(GPTConfig(13, 64, 1, 1, 7))
+        dataset, mix, mixed, world_size, micro_steps, batch_size):
+    data = Mixture(parse_mix(mix if mixed else "", dataset), "train", 13)
+    model = GPT(GPTConfig(13, 64, 1, 1, 7))
     config = {"batch_size": batch_size, "block_size": 13, "seed": 5}
     rows = set()
     for rank in range(world_size):
@@ -186,6 +199,142 @@ def test_evaluation_is_the_same_in_any_batches_and_shares(dataset):
     assert abs(found[0] - mean) > 1e-4  # eleven sequences are not all of them
 
 
+# ---------------------------------------------------------------------- mixtures
+
+
+def test_a_mixture_s_losses_are_its_datasets_in_their_shares(tmp_path, dataset, mix):
+    row = do_run(tmp_path / "run", "no such dataset", mix=mix, max_iters=1, eval_iters=15)[-1]
+    mean = 0.7 * row["val_loss_words"] + 0.3 * row["val_loss_few"]
+    assert row["val_loss"] == pytest.approx(mean, rel=1e-12)
+    assert row["val_loss_words"] != row["val_loss_few"]
+    assert row["val_bpb"] == pytest.approx(mean / math.log(2))  # a character is a byte
+    folder = next((tmp_path / "run").glob("iter_*"))
+    weights = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "meta.json").read_text())["model"]
+    model = GPT(GPTConfig(**config))
+    model.load_state_dict(weights, strict=False)
+    for name, count in (("words", 21), ("few", 9)):  # of 30 sequences
+        reader = TokenReader(f"{Path(dataset).parent}/{name}", "val")
+        found = train.evaluate(model, model.config, reader, count, 2, CPU)
+        assert found == pytest.approx(row[f"val_loss_{name}"], rel=1e-6)
+
+
+def test_a_mixture_names_its_run_and_its_shards(tmp_path, dataset, mix, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    do = {**TINY, "max_iters": 1, "mix": mix}
+    train.main(**do)
+    meta = json.loads((tmp_path / "out/words+few/iter_000001/meta.json").read_text())
+    assert [Path(shard["dataset"]).name for shard in meta["shards"]] == ["words", "few"]
+    assert all(len(shard["sha256"]) == 64 for shard in meta["shards"])
+    configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=[
+        "--init_from=resume", "--out_dir=out/words+few", "--max_iters=2"])  # the stored mix
+    rows = rows_of(tmp_path / "out/words+few")
+    assert rows == do_run(tmp_path / "whole", dataset, mix=mix, max_iters=2, eval_interval=1)
+
+
+def test_a_mixture_of_two_tokenizers_is_refused(tmp_path, dataset):
+    (tmp_path / "text.txt").write_text("another text " * 100)
+    prepare.main(dataset=f"{tmp_path}/bytes", input=f"{tmp_path}/text.txt")
+    with pytest.raises(ValueError, match="words has the tokenizer chars .*/bytes another, bytes"):
+        do_run(tmp_path / "run", dataset, mix=f"{dataset}:1,{tmp_path}/bytes:1")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------- masks
+
+
+def masked_copy(dataset, folder, marks_of):
+    """Copy a dataset, with masks: marks_of(tokens) of each file, 0 or 1 per token."""
+    shutil.copytree(dataset, folder)
+    for path in folder.glob("*.bin"):
+        count = (path.stat().st_size - 1024) // 2
+        header = np.array([20241121, 1, count, *[0] * 253], "<i4").tobytes()
+        path.with_suffix(".mask").write_bytes(header + marks_of(count).astype("u1").tobytes())
+    return f"{folder}"
+
+
+def every_third(count):
+    return np.arange(count) % 3 == 0
+
+
+def test_the_loss_is_the_mean_over_the_targets_that_count(tmp_path, dataset):
+    masked = masked_copy(dataset, tmp_path / "masked", every_third)
+    data = Mixture({masked: 1}, "train", 13)
+    config = {"batch_size": 2, "block_size": 13, "seed": 1337}
+    model = GPT(GPTConfig(13, 64, 2, 3, 21), torch.Generator().manual_seed(5))
+    batches = train.load_batches(data, 0, 3, config, model, CPU)
+    starts = data.readers[masked].starts(np.arange(6), 13, 1337)
+    total = count = 0
+    for start, row in zip(starts, data.readers[masked].rows(starts, 14), strict=True):
+        logits = model.logits(torch.from_numpy(row[None, :-1]))[0].log_softmax(-1)
+        for t in range(13):
+            if (start + t + 1) % 3 == 0:
+                total, count = total - logits[t, row[t + 1]].item(), count + 1
+    optimizer = adamw(model, 1e-2, 0.1, (0.9, 0.95))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss, _ = train.train_step(model, optimizer, scaler, batches, 1.0, CPU)
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_masked_evaluation_counts_only_what_counts(tmp_path, dataset):
+    model = GPT(GPTConfig(13, 64, 1, 1, 7), torch.Generator().manual_seed(1))
+    model.transformer.wte.weight.data *= 20
+    data = TokenReader(masked_copy(dataset, tmp_path / "masked", every_third), "val")
+    found = [train.evaluate(model, model.config, data, 11, size, CPU) for size in (1, 4, 20)]
+    starts = data.spread(11, 13)
+    rows = torch.from_numpy(data.rows(starts, 14))
+    counts = torch.from_numpy(starts)[:, None] + torch.arange(1, 14)
+    mean = model.eval()(rows[:, :-1], rows[:, 1:])[counts % 3 == 0].mean().item()
+    assert found == pytest.approx([mean] * 3, rel=1e-6)
+
+
+def test_masks_that_count_everything_change_nothing_but_bits_per_byte(tmp_path, dataset):
+    ones = do_run(tmp_path / "ones", masked_copy(dataset, tmp_path / "masked", np.ones))
+    none = do_run(tmp_path / "none", dataset)
+    assert ones == [{k: v for k, v in row.items() if k != "val_bpb"} for row in none]
+
+
+def test_masks_that_count_nothing(tmp_path, dataset):
+    masked = masked_copy(dataset, tmp_path / "masked", np.zeros)
+    with pytest.raises(ValueError, match="masked: its mask leaves no target in the 6 sequences"):
+        do_run(tmp_path / "run", masked)
+    for path in (tmp_path / "masked").glob("val*.mask"):
+        path.unlink()
+    rows = do_run(tmp_path / "next", masked, max_iters=3, eval_interval=1)
+    assert losses_of(rows) == [0, 0, 0] and not any(math.isnan(row["val_loss"]) for row in rows
+                                                    if "val_loss" in row)
+
+
+# ---------------------------------------------------------------------- files that land
+
+
+def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, monkeypatch, capsys):
+    ids = TokenReader(dataset, "train")
+    ids = np.tile(ids.rows(np.array([0]), ids.tokens)[0], 2)
+    folder, parts = tmp_path / "landing", {}
+    shutil.copytree(dataset, folder)
+    for index, part in enumerate((ids[:400], ids[400:1000], ids[1000:])):
+        header = np.array([20240520, 1, len(part), *[0] * 253], "<i4").tobytes()
+        parts[f"part_{index}.bin"] = header + part.astype("<u2").tobytes()
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["order"], meta["splits"]["train"] = "by_file", {"tokens": len(ids), "shards": [
+        {"file": name, "tokens": (len(raw) - 1024) // 2} for name, raw in parts.items()]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    def land(name):
+        (folder / "aside").write_bytes(parts[name])
+        (folder / "aside").rename(folder / name)
+
+    land("part_0.bin")  # 29 sequences, and an iteration takes 6
+    with monkeypatch.context() as patch:  # 45 more; the third file is not needed at all
+        patch.setattr(token_files.time, "sleep", lambda seconds: land("part_1.bin"))
+        landed = do_run(tmp_path / "first", f"{folder}")
+    assert capsys.readouterr().err.count("waiting for ") == 1
+    assert landed == do_run(tmp_path / "second", f"{folder}")
+    assert capsys.readouterr().err == ""
+    resumed = do_run(tmp_path / "second", f"{folder}", init_from="resume", max_iters=12)
+    assert resumed[:10] == landed[:10] and len(losses_of(resumed)) == 12
+
+
 # ---------------------------------------------------------------------- resume
 
 
@@ -194,8 +343,10 @@ def test_evaluation_is_the_same_in_any_batches_and_shares(dataset):
     dict(dropout=0.2, max_iters=40, eval_interval=20),  # a second epoch begins
     dict(dtype="float16", dropout=0.1),
     dict(decay_lr=False, gradient_accumulation_steps=1, always_save_checkpoint=False),
-], ids=["dropout", "epochs", "float16", "best only"])
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, dataset, monkeypatch, settings):
+    dict(dropout=0.2, max_iters=40, eval_interval=20, mix=True),
+], ids=["dropout", "epochs", "float16", "best only", "mix"])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, dataset, mix, monkeypatch, settings):
+    settings = {**settings, "mix": mix if "mix" in settings else ""}
     whole = do_run(tmp_path / "whole", dataset, **settings)
     blocks = TokenReader(dataset, "train").tokens // 13
     if "max_iters" in settings:
@@ -394,6 +545,8 @@ def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
     (["--batch_size=0"], "batch_size=0: must be 1 or more"),
     (["--learning_rate=-1"], "learning_rate=-1.0: must be 0 or more"),
     (["--beta2=1.5"], "beta2=1.5: must be at least 0 and below 1"),
+    (["--mix=a:0.7,b"], "mix='a:0.7,b': 'b' is not a dataset and its share above 0; write"),
+    (["--mix=nowhere:1"], "python prepare.py --dataset=nowhere"),
     (["--dataset=nowhere"], "python prepare.py --dataset=nowhere"),
     (["--device=gpu"], "device='gpu'"),
     (["--device=cuda:77"], "device='cuda:77'"),
