@@ -313,7 +313,7 @@ def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, m
     ids = np.tile(ids.rows(np.array([0]), ids.tokens)[0], 2)
     folder, parts = tmp_path / "landing", {}
     shutil.copytree(dataset, folder)
-    for index, part in enumerate((ids[:400], ids[400:1000], ids[1000:])):
+    for index, part in enumerate((ids[:400], ids[400:816], ids[816:])):
         header = np.array([20240520, 1, len(part), *[0] * 253], "<i4").tobytes()
         parts[f"part_{index}.bin"] = header + part.astype("<u2").tobytes()
     meta = json.loads((folder / "meta.json").read_text())
@@ -325,12 +325,14 @@ def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, m
         (folder / "aside").rename(folder / name)
 
     land("part_0.bin")  # 29 sequences, and an iteration takes 6
-    with monkeypatch.context() as patch:  # 45 more; the third file is not needed at all
+    with monkeypatch.context() as patch:  # the other 31; the third is not needed
+        patch.setattr(token_files, "PATIENCE", 5)
         patch.setattr(token_files.time, "sleep", lambda seconds: land("part_1.bin"))
         landed = do_run(tmp_path / "first", f"{folder}")
     assert capsys.readouterr().err.count("waiting for ") == 1
     assert landed == do_run(tmp_path / "second", f"{folder}")
     assert capsys.readouterr().err == ""
+    land("part_2.bin")
     resumed = do_run(tmp_path / "second", f"{folder}", init_from="resume", max_iters=12)
     assert resumed[:10] == landed[:10] and len(losses_of(resumed)) == 12
 
