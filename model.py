@@ -3,8 +3,11 @@
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128))
     losses = model(tokens, targets)   # (B, T) loss of each token; 0 where the target is IGNORE
     logits = model.logits(tokens)     # (B, T, V)
+    cache = model.make_cache(B)       # keys and values, to give it one token more at a time:
+    x = model.hidden(tokens, cache, start)[:, -1]  # tokens are at positions start, start + 1, ...
 
-Sizes, everywhere: B batch, T time, C channels (n_embd), H heads, D head dim, V vocabulary.
+Sizes, everywhere: B batch, T time, C channels (n_embd), H heads, D head dim, V vocabulary,
+S positions that keys and values are kept of.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the details are those
 of OpenAI's code, github.com/openai/gpt-2, src/model.py.
 """
@@ -55,12 +58,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x):
+    def forward(self, x, cache=None, positions=None, mask=None):
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3*C)
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:  # (2, B, H, S, D): write the new positions, read them all
+            cache[0].index_copy_(2, positions, k)
+            cache[1].index_copy_(2, positions, v)
+            k, v = cache  # each (B, H, S, D)
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p,
+                                           is_causal=mask is None and T > 1)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         y = self.c_proj(y)  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)  # (B, T, C)
@@ -91,8 +99,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))  # (B, T, C)
+    def forward(self, x, cache=None, positions=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, positions, mask)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
@@ -125,18 +133,39 @@ class GPT(nn.Module):
             else:  # LayerNorm
                 p.fill_(1.0)
 
-    def hidden(self, tokens):
-        """Token ids (B, T) to the last hidden states (B, T, C). Raises ValueError for a T beyond
-        block_size: there are no positions there."""
+    def make_cache(self, batch_size, dtype=None):
+        """Room for the keys and values of `batch_size` sequences of block_size tokens,
+        (n_layer, 2, B, H, block_size, D), for `hidden`; of the weights' device. dtype: that of the
+        matrix products (under autocast not the weights')."""
+        c = self.config
+        return self.transformer.wpe.weight.new_zeros(
+            c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, dtype=dtype)
+
+    def hidden(self, tokens, cache=None, start=0):
+        """Token ids (B, T) to the last hidden states (B, T, C). Raises ValueError for a position
+        beyond block_size: there are none there.
+
+        cache: from make_cache; tokens are then those at positions start to start + T - 1, which
+        are written into it and attend to what it holds before them. start: an int; or an int64
+        tensor () below block_size, unchecked, for the same shapes, and one CUDA graph, at every
+        position: the whole cache is then read, under a mask.
+        """
         B, T = tokens.shape
-        if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens is longer than the model's "
-                             f"block_size={self.config.block_size}; give it at most that many")
-        positions = torch.arange(T, device=tokens.device)  # (T,)
+        size = self.config.block_size
+        fixed = isinstance(start, torch.Tensor)
+        end = size if fixed else start + T
+        if end > size:
+            raise ValueError(f"a sequence of {end} tokens is longer than the model's "
+                             f"block_size={size}; give it at most that many")
+        positions = torch.arange(T, device=tokens.device) + start  # (T,)
+        mask = None  # which means causal, or all that there is for a single token
+        if cache is not None and (fixed or start > 0 and T > 1):
+            mask = torch.arange(end, device=tokens.device) <= positions[:, None]  # (T, S)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)  # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            layer = None if cache is None else cache[i, ..., :end, :]  # (2, B, H, S, D)
+            x = block(x, layer, positions, mask)  # (B, T, C)
         return self.transformer.ln_f(x)  # (B, T, C)
 
     def head(self, x):

@@ -175,6 +175,10 @@ def check_shape_comments(path, module):
     sys.settrace(trace_call)
     try:
         gpt(tokens, targets)
+        cache = gpt.make_cache(B)
+        for start in (0, 3, torch.tensor(3)):
+            sizes["S"] = BLOCK if isinstance(start, torch.Tensor) else start + T
+            gpt.hidden(tokens, cache, start)
     finally:
         sys.settrace(before)
     for node in set(statements.values()):  # those that the forward pass did not come by
@@ -187,7 +191,7 @@ def test_every_shape_comment_of_the_forward_pass_is_right():
     assert len({B, T, H, D, C, V, 3 * C, 4 * C, B * T}) == 9  # or a wrong one could pass
     right, complaints = check_shape_comments(Path(model_file.__file__), model_file)
     assert not complaints
-    assert len(right) >= 12
+    assert len(right) >= 15
 
 
 @pytest.mark.parametrize(("old", "new", "complaint"), [
@@ -196,6 +200,8 @@ def test_every_shape_comment_of_the_forward_pass_is_right():
     ("# (B*T,)", "# (B, T)", "(B, T) is (10,)"),
     ("# (..., V)", "# (..., C)", "(..., C) is (2, 5, 11)"),
     ("# (T,)", "# positions", "no shape comment"),
+    ("k, v = cache  # each (B, H, S, D)", "k, v = cache  # each (B, H, T, D)", "(2, 3, 8, 7)"),
+    ("# (T, S)", "# (S, T)", "(S, T) is (5, 8)"),
     ("return self.head(self.hidden(tokens))  # (B, T, V)",
      "return self.head(self.hidden(tokens))", "no shape comment"),
 ])
@@ -209,7 +215,7 @@ def test_a_wrong_or_missing_shape_comment_is_found(old, new, complaint, tmp_path
     monkeypatch.setitem(sys.modules, path.stem, module)
     spec.loader.exec_module(module)
     _, complaints = check_shape_comments(path, module)
-    assert len(complaints) == 1
+    assert len({text.partition(":")[0] for text in complaints}) == 1  # one line
     assert complaint in complaints[0]
 
 
@@ -333,6 +339,55 @@ def test_bfloat16_autocast_is_close_to_float32():
     losses = model.bfloat16()(tokens, targets)  # without autocast: all but the loss in bfloat16
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, rtol=0.05, atol=0.1)
+
+
+# ---------------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prompt", [1, T])
+@pytest.mark.parametrize("fixed", [False, True])
+@torch.no_grad()
+def test_with_the_cache_the_hidden_states_are_those_of_the_whole_sequence(bias, prompt, fixed):
+    model = make(bias=bias).double().eval()
+    tokens, _ = batch(BLOCK)
+    expected = model.hidden(tokens)
+    cache = model.make_cache(B)
+    cache[..., prompt:, :] = 1e3  # what lies beyond the end must not matter
+    assert cache.shape == (LAYERS, 2, B, H, BLOCK, D) and cache.dtype == torch.float64
+    torch.testing.assert_close(model.hidden(tokens[:, :prompt], cache), expected[:, :prompt])
+    for t in range(prompt, BLOCK):
+        start = torch.tensor(t) if fixed else t
+        x = model.hidden(tokens[:, t:t + 1], cache, start)
+        torch.testing.assert_close(x, expected[:, t:t + 1])
+
+
+@torch.no_grad()
+def test_several_tokens_may_follow_those_in_the_cache():
+    model = make().eval()
+    tokens, _ = batch(BLOCK)
+    cache = model.make_cache(B)
+    parts = [model.hidden(tokens[:, a:b], cache, a) for a, b in ((0, 3), (3, 8), (8, BLOCK))]
+    torch.testing.assert_close(torch.cat(parts, 1), model.hidden(tokens))
+    for start, length in ((BLOCK, 1), (BLOCK - 4, T)):
+        with pytest.raises(ValueError, match=f"{BLOCK + 1} tokens.*block_size={BLOCK}"):
+            model.hidden(tokens[:, :length], cache, start)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@torch.no_grad()
+def test_a_bfloat16_cache_is_close(autocast):
+    model = make(spread=0.1).eval()
+    tokens, _ = batch(BLOCK)
+    expected = model.logits(tokens)
+    model = model if autocast else model.bfloat16()
+    cache = model.make_cache(B, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        parts = [model.head(model.hidden(tokens[:, :T], cache))]
+        parts += [model.head(model.hidden(tokens[:, t:t + 1], cache, t)) for t in range(T, BLOCK)]
+    logits = torch.cat(parts, 1)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.1)
 
 
 # ---------------------------------------------------------------------- sizes

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import sample
 from model import GPT, GPTConfig, load_model, save_weights
 from runtime import Runtime
-from sample import draw, generate, newest_run, read_prompt, write_text
+from sample import draw, generate, hold_in, newest_run, next_tokens, read_prompt, write_text
 from tokenizer import Tokenizer
 
 ROOT = Path(sample.__file__).parent
@@ -85,17 +86,23 @@ class Scripted:
         self.config = GPTConfig(block_size=block_size)
         self.script, self.seen = script, []
 
-    def hidden(self, tokens):
-        self.seen.append(tokens[0].tolist())
-        return torch.zeros(1, tokens.shape[1], 1)
+    def make_cache(self, batch_size, dtype):
+        return torch.zeros(1, 2, batch_size, 1, self.config.block_size, 1, dtype=dtype)
+
+    def hidden(self, tokens, cache, start):
+        self.seen.append((self.seen[-1] if start else []) + tokens[0].tolist())
+        assert len(self.seen[-1]) == start + tokens.shape[1]
+        return torch.zeros(*tokens.shape, 1)
 
     def head(self, x):
-        return torch.as_tensor(self.script(len(self.seen) - 1), dtype=torch.float32)
+        return torch.as_tensor(self.script(len(self.seen) - 1), dtype=torch.float32).expand(
+            len(x), -1)
 
 
 def run_scripted(model, ids=(1,), count=5, temperature=0.0, top_k=0, seed=1, tokenizer=LETTERS):
-    return list(generate(model, model.hidden, ids, count, temperature, top_k,
-                         torch.Generator().manual_seed(seed), tokenizer, CPU))
+    step = partial(next_tokens, model, tokenizer.vocab_size, temperature, top_k, 1.0, CPU)
+    generators = [torch.Generator().manual_seed(seed)]
+    return [token for token, in generate(model, step, ids, generators, count, tokenizer.eot, CPU)]
 
 
 def only(token, size=V):
@@ -122,22 +129,141 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(temperature, top_k):
     assert max(run_scripted(model, count=50, temperature=temperature, top_k=top_k)) < V - 1
 
 
-def test_what_the_model_sees_is_the_last_block_size_tokens():
+def view(length, prompt, block_size=BLOCK):
+    """The rule in a loop: how many of `length` tokens the model sees, after a prompt."""
+    seen = min(prompt, block_size)
+    for _ in range(length - prompt):
+        seen = seen + 1 if seen < block_size else (block_size + 1) // 2
+    return seen
+
+
+@pytest.mark.parametrize("prompt", [1, 5, BLOCK, 10])
+def test_what_the_model_sees_is_a_block_of_which_half_is_forgotten_when_it_is_full(prompt):
     model = Scripted(lambda step: only(step % 10))
-    prompt = [9, 8, 7, 6, 5]
-    new = run_scripted(model, prompt, count=9)
-    assert new == list(range(9))
-    whole = prompt + new
-    assert model.seen == [whole[max(0, end - BLOCK):end] for end in range(5, 14)]
-    model = Scripted(lambda step: only(1))
-    run_scripted(model, list(range(10)), count=1)
-    assert model.seen == [list(range(3, 10))]
+    whole = list(range(10))[-prompt:] + [n % 10 for n in range(19)]
+    assert run_scripted(model, whole[:prompt], count=19) == whole[prompt:]
+    assert model.seen == [whole[end - view(end, prompt):end] for end in range(prompt, prompt + 19)]
+    assert min(len(seen) for seen in model.seen[BLOCK:]) == (BLOCK + 1) // 2
+    for block_size in (1, 2):
+        model = Scripted(lambda step: only(step % 10), block_size)
+        assert run_scripted(model, count=4) == [0, 1, 2, 3]
+        assert [len(seen) for seen in model.seen] == [[1, 1, 1, 1], [1, 2, 1, 2]][block_size - 1]
 
 
-def frequencies(logits, temperature, top_k, count=2000):
+def random_model(bias=True, seed=1, rows=16):
+    """A tiny model whose likeliest token is not the last one; 11 tokens and 5 of padding."""
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=rows, n_layer=2, n_head=3, n_embd=21,
+                          bias=bias), torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def run_model(model, ids, count, seeds, temperature=0.0, compiler=None, runtime=CPU):
+    """The new tokens of each sample; without an end of text."""
+    step = partial(next_tokens, model, V, temperature, 0, 1.0, runtime)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    steps = generate(model, step, ids, generators, count, None, runtime,
+                     compiler and compiler(step))
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+@torch.no_grad()
+def uncached(model, ids, count, seed, temperature):
+    ids, prompt, generator = list(ids), len(ids), torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        seen = torch.tensor([ids[-view(len(ids), prompt):]])
+        chance = torch.rand(1, dtype=torch.float64, generator=generator)
+        ids.append(int(draw(model.logits(seen)[:, -1, :V], temperature, 0, 1.0, chance)))
+    return ids[prompt:]
+
+
+COMPILERS = {"sliced": None, "fixed": lambda step: step,
+             "fixed, traced": lambda step: torch.compile(step, backend="eager", fullgraph=True)}
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompt", [1, 5, BLOCK, 11])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cached_and_batched_sampling_is_uncached_sampling_past_the_block(bias, prompt, temperature,
+                                                                         compiler):
+    model, ids, count = random_model(bias), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5][:prompt], 23
+    seeds = (1, 2, 3)
+    expected = [uncached(model, ids, count, seed, temperature) for seed in seeds]
+    assert len(set(expected[0])) > 2 and max(map(max, expected)) < V
+    assert (expected[0] == expected[1]) == (temperature == 0)
+    run = partial(run_model, model, ids, count, temperature=temperature,
+                  compiler=COMPILERS[compiler])
+    assert run(seeds) == expected
+    assert run(seeds[1:2]) == expected[1:2]
+
+
+def test_a_sample_that_has_ended_leaves_the_others_as_they_are():
+    model = random_model()
+    step = partial(next_tokens, model, V, 1.0, 0, 1.0, CPU)
+
+    def run(seeds, eot):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return list(zip(*generate(model, step, [3, 1], generators, 13, eot, CPU), strict=True))
+
+    rows = run((1, 2, 3), None)
+    eot = rows[0][4]
+    for row, ended in zip(rows, run((1, 2, 3), eot), strict=True):
+        end = row.index(eot) if eot in row else 13
+        assert ended == row[:end] + (None,) * (len(ended) - end)
+
+
+def test_bfloat16_sampling_runs_and_its_matrices_are_converted_once():
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    model = random_model()
+    expected = model.logits(torch.tensor([[3, 1, 4]]))
+    hold_in(model, torch.bfloat16)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    assert kinds["transformer.wte.weight"] == torch.bfloat16
+    assert kinds["transformer.h.0.mlp.c_fc.weight"] == torch.bfloat16
+    assert kinds["transformer.wpe.weight"] == kinds["transformer.ln_f.weight"] == torch.float32
+    rows = run_model(model, [3, 1], 23, (1, 2), 1.0, runtime=runtime)
+    assert len(rows[0]) == 23 and max(map(max, rows)) < V
+    with runtime.autocast():
+        logits = model.logits(torch.tensor([[3, 1, 4]]))
+    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.3)
+
+
+def draw_one(logits, temperature, top_k, generator, top_p=1.0):
+    chance = torch.rand(1, dtype=torch.float64, generator=generator)
+    return int(draw(torch.as_tensor(logits)[None], temperature, top_k, top_p, chance))
+
+
+def frequencies(logits, temperature, top_k, count=2000, top_p=1.0):
     generator = torch.Generator().manual_seed(1)
-    drawn = [draw(torch.tensor(logits), temperature, top_k, generator) for _ in range(count)]
+    drawn = [draw_one(logits, temperature, top_k, generator, top_p) for _ in range(count)]
     return [drawn.count(i) / count for i in range(len(logits))]
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [
+    (1e-9, {1}), (0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 2, 3}),
+    (0.95, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})])
+def test_top_p_keeps_the_fewest_tokens_that_have_that_probability(top_p, kept):
+    shares = [0.1, 0.4, 0.2, 0.3]
+    whole = sum(shares[i] for i in kept)
+    found = frequencies([math.log(p) for p in shares], 1.0, 0, top_p=top_p)
+    assert found == pytest.approx([p / whole * (i in kept) for i, p in enumerate(shares)], abs=0.05)
+    assert {i for i, share in enumerate(found) if share} == kept
+
+
+def test_top_p_is_a_share_of_the_top_k():
+    logits = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
+    assert frequencies(logits, 1.0, 2, top_p=0.56) == [0, 1, 0, 0]  # 4/7 of those two
+    assert frequencies(logits, 1.0, 2, top_p=0.58)[3] > 0.3
+
+
+def test_each_chance_takes_its_place_in_the_cumulative_distribution():
+    logits = torch.tensor([[math.log(p) for p in (0.25, 0.5, 0.25)] + [-math.inf]]).expand(5, -1)
+    chances = torch.tensor([0.0, 0.2, 0.3, 0.7, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, 1.0, 0, 1.0, chances).tolist() == [0, 0, 1, 1, 2]
 
 
 def test_draw_follows_the_softmax_over_the_top_k():
@@ -157,14 +283,14 @@ def test_top_1_is_greedy():
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randint(4, (V,), generator=generator).float()  # with equals
-        assert draw(logits, 1.0, 1, generator) == draw(logits, 0.0, 0, generator)
+        assert draw_one(logits, 1.0, 1, generator) == draw_one(logits, 0.0, 0, generator)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-320])
 def test_a_tiny_temperature_does_not_overflow(temperature):
     for top_k in (0, 3):
         logits = torch.tensor([-3e4, 3e4, 2.9e4, 0.0])
-        assert draw(logits, temperature, top_k, torch.Generator().manual_seed(1)) == 1
+        assert draw_one(logits, temperature, top_k, torch.Generator().manual_seed(1)) == 1
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -182,6 +308,8 @@ def test_seeds(run_dir, capsys):
     first, again = (texts(capsys, **settings, seed=1) for _ in range(2))
     assert first == again
     assert len(set(first)) == 3
+    for batch_size in (1, 2):
+        assert texts(capsys, **settings, seed=1, batch_size=batch_size) == first
     other = texts(capsys, **settings, seed=2)
     assert not set(first) & set(other)  # samples 2, 3 of a seed are not samples 1, 2 of the next
     assert all(text.startswith("abc") and len(text) > 3 for text in first + other)
@@ -190,8 +318,8 @@ def test_seeds(run_dir, capsys):
 def test_greedy_samples_are_the_argmax_of_the_model(run_dir, capsys):
     model = load_model(run_dir / "iter_000002").eval()
     ids = LETTERS.encode_prompt("abc")
-    while len(ids) < 16 and (token := int(model.logits(
-            torch.tensor([ids[-BLOCK:]]))[0, -1].argmax())) != LETTERS.eot:
+    while len(ids) < 16 and (token := int(model.logits(torch.tensor(
+            [ids[-view(len(ids), 3):]]))[0, -1].argmax())) != LETTERS.eot:
         ids.append(token)
     assert len(ids) > BLOCK  # or the test is too easy
     for settings in ({"temperature": 0.0}, {"top_k": 1}, {"temperature": 1e-6}):
@@ -315,6 +443,9 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(run_dir, monkey
     ({"top_k": -1}, "top_k=-1: neither may be below 0"),
     ({"num_samples": 0}, "num_samples=0: must be 1 or more"),
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be 1 or more"),
+    ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
+    ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
+    ({"top_p": 1.1}, "top_p=1.1: must be above 0"),
     ({"device": "gpu"}, "device='gpu': choose auto, cpu"),
     ({"dtype": "half"}, "dtype='half': choose auto, float32"),
     ({"compile": "maybe"}, "compile='maybe': choose auto"),
