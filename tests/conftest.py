@@ -1,5 +1,7 @@
-"""What all tests share: the repository on the path, and GPT-2's tokenizer where it is at hand."""
+"""What all tests share: the repository on the path, GPT-2's tokenizer and web documents."""
 
+import gzip
+import json
 import os
 import sys
 from pathlib import Path
@@ -24,3 +26,13 @@ def gpt2():
         return Tokenizer(gpt2_spec())
     except ValueError as error:
         pytest.skip(f"no GPT-2 tokenizer: {error}")
+
+
+@pytest.fixture(scope="session")
+def web():
+    """300 documents of the web, as C4 has them."""
+    path = ROOT.parent / "shared/data/web/c4_300.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"no web documents: {path} is missing")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
