@@ -9,6 +9,8 @@ between blanks, so they fit languages that write blanks; gopher's stop words are
 
 import difflib
 import gzip
+import json
+import os
 import re
 import sys
 import unicodedata
@@ -388,6 +390,60 @@ class Seen:
             for i in range(0, len(old), 1 << 20):
                 part = old[i:i + (1 << 20)]
                 self.add_many(part[part > 0])
+
+
+class Removed:
+    """What was left out and why: counts, samples in removed.jsonl, and the keys of what was kept,
+    in seen.tmp, so that another process can go on."""
+
+    def __init__(self, folder, sieve, state=None):
+        state = state or {"read": 0, "counts": {}, "samples": 0, "keys": 0}
+        self.read, self.counts = state["read"], Counter(state["counts"])
+        self.seen, self.dedup = Seen(), sieve["dedup"]
+        self.samples = self.open(folder / "removed.jsonl", state["samples"], any(
+            sieve[key] for key in ("filters", "url_blocklist", "language", "dedup")))
+        self.keys = self.open(folder / "seen.tmp", state["keys"], self.dedup)
+        if self.keys:
+            self.keys.seek(0)
+            while chunk := self.keys.read(1 << 23):
+                self.seen.add_many(np.frombuffer(chunk, np.uint64))
+
+    @staticmethod
+    def open(path, size, wanted):
+        if not wanted:
+            return None
+        path.touch()
+        file = open(path, "rb+")
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def add(self, text, row, reason, keys):
+        """Count a document; return whether it is left out."""
+        self.read += 1
+        if keys is not None:
+            if self.seen.add(keys):
+                reason = f"dedup: {self.dedup} copy"
+            else:
+                self.keys.write(keys.tobytes())
+        if not reason:
+            return False
+        self.counts[reason] += 1
+        count = self.counts[reason]
+        if count <= 10 or count & (count - 1) == 0:  # the first ones, then the 16th, 32nd, ...
+            sample = {"reason": reason, "number": count, **row, "text": text[:5000]}
+            self.samples.write(json.dumps(sample, ensure_ascii=False).encode(
+                "utf-8", "replace") + b"\n")
+        return True
+
+    def state(self):
+        places = [file.flush() or os.fsync(file.fileno()) or file.tell() if file else 0
+                  for file in (self.samples, self.keys)]
+        return {"read": self.read, "counts": self.counts, "samples": places[0], "keys": places[1]}
+
+    def close(self):
+        for file in filter(None, (self.samples, self.keys)):
+            file.close()
 
 
 @cache

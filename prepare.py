@@ -1,419 +1,311 @@
-"""Turn text into token files: find it, split it, tokenize it.
+"""Turn text into token files: find it, filter it, split it, tokenize it on all cores.
 
     python prepare.py                                        # stdlib: Python's own source, bytes
     python prepare.py --dataset=shakespeare_char             # downloads 1 MB, characters
     python prepare.py --input=my_texts/ --dataset=mine --tokenizer=gpt2
     python prepare.py --input=my_texts/ --dataset=mine_bpe --tokenizer=bpe --vocab_size=8192
-    python prepare.py --input=pages.jsonl.gz --dataset=pages --text_column=content
+    python prepare.py --input=pages.jsonl.gz --dataset=pages --filters='gopher pii' --dedup=near
+    python prepare.py --dataset=fineweb_edu --max_tokens=1e9
+    python prepare.py --dataset=mine --show=5                # look at what was prepared
 
 Writes data/<dataset>/: {train,val}_000000.bin and so on (tokens.py has the format), tokenizer.json
-and meta.json. Text is read twice, first to count it, and never held in memory whole; a third time
-between them where a bpe vocabulary is learned from it (tokenizer.py).
+and meta.json, and removed.jsonl where documents are filtered. Text streams through (corpus.py), it
+is never in memory whole. A preparation that was stopped goes on with the same command, and what it
+writes does not depend on how often that happens nor on the number of workers.
 """
 
 import codecs
-import csv
-import glob
-import gzip
+import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
-import zlib
-from contextlib import ExitStack, contextmanager
-from functools import cache
-from io import BufferedReader
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
+import corpus
+import filters as rules
 from configurator import run
-from tokenizer import Tokenizer, check_bpe, gpt2_spec, read_spec, train_bpe
-from tokens import ShardWriter, dataset_folder, load_json, read_header, write_aside
+from corpus import BUILT_IN, ON_THE_HUB, Files, Hub, cut, find_files
+from tokenizer import Tokenizer, check_bpe, gpt2_spec, load_tokenizer, read_spec, train_bpe
+from tokens import ShardWriter, TokenReader, dataset_folder, load_json, read_header, write_aside
 
-SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-                   "tinyshakespeare/input.txt")
-BUILT_IN = {"stdlib": "bytes", "shakespeare_char": "chars", "shakespeare": "gpt2"}
-LATER = ("fineweb", "fineweb_edu", "openwebtext")
-READY_MADE = {  # GPT-2 tokens in llm.c's layout: (hub's dataset, file names, files for training)
-    "fineweb": ("kjj0/fineweb10B-gpt2", "fineweb_{}_{:06d}.bin", 103),
-    "fineweb_edu": ("kjj0/finewebedu10B-gpt2", "finewebedu_{}_{:06d}.bin", 99)}
-BAD_TEXT = "leave it out, or say --bad_text=skip or --bad_text=replace"
-PIECE = 1 << 20  # characters that are read and tokenized at a time
-SAFE_CUT = re.compile(r"(?s:.*)(?:\S(?= )|[^\W_](?=[\s.,;:!?\u3001\u3002\uff0c\uff01\uff1f]))")
+SMALL = 32_000_000  # bytes of files that one process prepares as fast as several
+ENOUGH = 1 << 28  # characters after which the survey may know enough
+NOTE = 10  # seconds between notes of how far it is, beside those at each finished file
 
 
 def main(
-    dataset="stdlib",  # what to prepare: stdlib, shakespeare_char, shakespeare, or --input's name
+    dataset="stdlib",  # stdlib, shakespeare[_char], fineweb[_edu], openwebtext, or --input's name
     input="",  # your own text: a file, a folder or a 'glob'; .jsonl .csv .parquet, others are text
     suffixes=".txt .md .rst .py .jsonl .csv .parquet",  # what is read of a folder; also .gz, .zst
+    text_column="text",  # the field of .jsonl, .csv and .parquet files that holds the text
+    bad_text="stop",  # a document that is not UTF-8: stop, skip it, or replace what is wrong in it
+    overwrite=False,  # replace a dataset of other text or other settings
+    workers=0,  # processes that filter and tokenize; 0: one per core, for small texts none
+    show=0,  # look at this many random documents of a prepared dataset instead
+    # tokens
     tokenizer="",  # bytes, chars, gpt2, bpe (trained on this text) or the path of a tokenizer.json
     vocab_size=4096,  # bpe: how many tokens, with the 256 bytes and end-of-text
     split_pattern="gpt2",  # bpe: what cuts text into pieces, gpt2 or gpt4
     bpe_characters=100_000_000,  # bpe: learn from so much of the training text, spread evenly
-    text_column="text",  # the field of .jsonl, .csv and .parquet files that holds the text
-    bad_text="stop",  # a document that is not UTF-8: stop, skip it, or replace what is wrong in it
-    val_fraction=0.1,  # share of the text that is held out for validation
+    val_fraction=0.1,  # share of the text that is held out; of fineweb and others the first file
     shard_tokens=100_000_000,  # tokens per file, at most
-    overwrite=False,  # replace a dataset of other text or other settings
+    max_tokens=0,  # stop when the training split has so many; 0: take everything
     ready_made=False,  # fineweb and fineweb_edu: download GPT-2 tokens that others have made
-    max_tokens=0,  # of those, stop with the file that reaches so many; 0: all, 10 billion
+    # documents to leave out
+    filters="",  # any of: gopher repetition c4 fineweb pii (filters.py has them)
+    url_blocklist="",  # a file of domains whose documents (by their column url) are left out
+    language="",  # keep this one, such as en: by the column language, else as py3langid finds
+    language_score=0.65,  # and be so sure of it
+    dedup="",  # leave out copies: exact, or near (MinHash)
 ):
+    if show:
+        return show_dataset(dataset, show)
+    folder, on_hub = dataset_folder(dataset), dataset in ON_THE_HUB and not input
     if ready_made:
-        return download_shards(dataset, dataset_folder(dataset), max_tokens)
+        with lock(folder):
+            return download_shards(dataset, folder, max_tokens, overwrite)
+    sieve = {"filters": filters, "url_blocklist": url_blocklist, "language": language,
+             "language_score": language_score, "dedup": dedup}
+    check(val_fraction, shard_tokens, max_tokens, workers, bad_text)
+    rules.check(sieve)
+    kind = tokenizer or ("gpt2" if on_hub else BUILT_IN.get(dataset, "bytes"))
+    spec, source = tokenizer_of(kind, on_hub, vocab_size, split_pattern, bpe_characters)
+    more = rules.columns(sieve)
+    with lock(folder):
+        text = Hub(dataset, text_column, more) if on_hub else Files(
+            find_files(dataset, input, folder, suffixes), text_column, bad_text, more)
+        source |= {"text_column": text_column, "bad_text": bad_text, "val_fraction": val_fraction,
+                   "shard_tokens": shard_tokens, "files": text.fingerprint()}
+        source |= {key: value for key, value in (*sieve.items(), ("max_tokens", max_tokens))
+                   if value and (key != "language_score" or language)}
+        if url_blocklist:
+            source["url_blocklist"] = hashlib.sha256(Path(url_blocklist).read_bytes()).hexdigest()
+        notes = earlier(folder, source, overwrite)
+        if notes == "done":
+            print(f"{folder}: already prepared, nothing to do")
+            return
+        if on_hub:
+            text.connect()
+        workers = workers or (1 if not on_hub and sum(text.sizes) < SMALL else cores())
+        notes = notes or begin(folder, text, spec, source, sieve, input or dataset, workers)
+        write_splits(folder, text, notes, sieve, workers)
+
+
+# ---------------------------------------------------------------------- before reading
+
+
+def check(val_fraction, shard_tokens, max_tokens, workers, bad_text):
+    """Raise ValueError for settings that cannot be used."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
     if not 1 <= shard_tokens < 2**31:
         raise ValueError(f"shard_tokens={shard_tokens}: must be at least 1 and below 2**31")
-    kind = tokenizer or BUILT_IN.get(dataset, "bytes")
+    for key, value in (("max_tokens", max_tokens), ("workers", workers)):
+        if value < 0:
+            raise ValueError(f"{key}={value}: must be 0 or more")
+    if bad_text not in ("stop", "skip", "replace"):
+        raise ValueError(f"bad_text={bad_text!r}: choose stop, skip or replace")
+
+
+def tokenizer_of(kind, on_hub, vocab_size, split_pattern, bpe_characters):
+    """Return (the tokenizer's spec as far as it is known before reading, what meta.json says)."""
     if kind == "bpe":
         check_bpe(vocab_size, split_pattern)
         if bpe_characters < 1:
             raise ValueError(f"bpe_characters={bpe_characters}: must be at least 1")
-    elif kind not in ("bytes", "chars", "gpt2") and not kind.endswith(".json"):
+        return None, {"tokenizer": kind, "vocab_size": vocab_size, "split_pattern": split_pattern,
+                      "bpe_characters": bpe_characters}
+    if kind.endswith(".json"):  # the same one elsewhere is the same
+        spec = read_spec(kind)
+        digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+        return spec, {"tokenizer": "tokenizer.json", "tokenizer_sha256": digest}
+    if kind == "chars" and on_hub:
+        raise ValueError("tokenizer='chars' must read all of the text to know its characters, and "
+                         "this is read once, from the hub; choose bytes, gpt2 or bpe")
+    if kind not in ("bytes", "chars", "gpt2"):
         raise ValueError(f"tokenizer={kind!r}: choose bytes, chars, gpt2, bpe or the path of a "
                          "tokenizer.json")
-    if bad_text not in ("stop", "skip", "replace"):
-        raise ValueError(f"bad_text={bad_text!r}: choose stop, skip or replace")
-    spec = read_spec(kind) if kind.endswith(".json") else {"kind": kind}
-    folder = dataset_folder(dataset)
-    paths = find_files(dataset, input, folder, suffixes)
-    source = {"tokenizer": kind, "text_column": text_column, "bad_text": bad_text,
-              "val_fraction": val_fraction, "shard_tokens": shard_tokens,
-              "files": fingerprint(paths)}
-    if kind == "bpe":
-        source |= {"vocab_size": vocab_size, "split_pattern": split_pattern,
-                   "bpe_characters": bpe_characters}
-    elif kind.endswith(".json"):  # the same one elsewhere is the same
-        digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
-        source |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": digest}
-    unfinished = folder / "UNFINISHED"  # while it is there, the folder is not a dataset
-    meta_path = folder / "meta.json"
-    in_use = meta_path.is_file() or any(folder.glob("*.bin"))
-    if in_use and not unfinished.exists() and not overwrite:
-        if meta_path.is_file() and load_json(meta_path).get("source") == source:
-            print(f"{folder}: already prepared, nothing to do")
-            return
-        raise ValueError(f"{folder} has token files of other text or other settings; replace them "
-                         "with --overwrite=True, or choose another --dataset=NAME")
-
-    spec = gpt2_spec() if kind == "gpt2" else spec
-    facts = survey(read_pieces(paths, text_column, bad_text), val_fraction, kind)
-    if facts["characters"] < 2:
-        raise ValueError(f"{input or dataset}: there is no text in its {len(paths)} file(s)")
-    if kind == "chars":
-        spec |= {"alphabet": facts["alphabet"], "documents": facts["documents"] > 1}
-    if kind == "bpe":
-        pieces = assign(read_pieces(paths, text_column, bad_text), facts, val_fraction)
-        texts = training_text(pieces, facts["characters"], bpe_characters)
-        spec = train_bpe(texts, vocab_size, split_pattern)
-    tokenizer = Tokenizer(spec)
-    if kind == "bpe" and tokenizer.vocab_size < vocab_size:
-        print(f"bpe: no more pairs come twice in that text, so the vocabulary is "
-              f"{tokenizer.vocab_size:,} and not {vocab_size:,}")
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
-    for old in list(folder.iterdir()):
-        if re.fullmatch(r"meta\.json|(train|val)_\d+\.(bin|tmp)", old.name):
-            old.unlink()
-    pieces = assign(read_pieces(paths, text_column, bad_text), facts, val_fraction)
-    splits = write_splits(folder, pieces, tokenizer, facts["bytes"], shard_tokens)
-    tokenizer.save(folder)
-    meta = {"dataset": folder.name, "tokenizer": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size, "splits": splits, "source": source}
-    if tokenizer.kind == "bpe":
-        meta["compared"] = compare(folder / splits["val"]["shards"][0]["file"], tokenizer)
-    write_aside(meta_path, json.dumps(meta, indent=1) + "\n")
-    unfinished.unlink()
-    for split, info in splits.items():
-        documents = f", {info['documents']:,} documents" if facts["documents"] > 1 else ""
-        print(f"{split}: {info['tokens']:,} tokens of {info['bytes'] / info['tokens']:.2f} bytes"
-              f"{documents}, {len(info['shards'])} file(s)")
-    print(f"{folder}: done; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}")
-
-
-# ---------------------------------------------------------------------- the text
-
-
-def find_files(dataset, pattern, folder, suffixes):
-    """Return the files to read, in a stable order."""
-    if not pattern:
-        if dataset == "stdlib":
-            return stdlib_files()
-        if dataset in BUILT_IN:
-            return [download(SHAKESPEARE_URL, folder / "input.txt")]
-        if dataset in LATER:
-            raise ValueError(f"{dataset}: its text is not fetched by this version; add "
-                             "--ready_made=True for GPT-2 tokens of fineweb or fineweb_edu, put "
-                             f"ready-made files (*train_*.bin, *val_*.bin) into {folder}, or give "
-                             "the text with --input=FILES")
-        raise ValueError(f"dataset={dataset!r}: not one of {', '.join(BUILT_IN)}; "
-                         "for your own text add --input=PATH")
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        paths = sorted(p for p in path.rglob("*")
-                       if plain_name(p).endswith(tuple(suffixes.split())) and p.is_file())
-    elif path.is_file():
-        paths = [path]
-    else:
-        paths = [p for p in sorted(map(Path, glob.glob(str(path), recursive=True))) if p.is_file()]
-    if not paths:
-        raise ValueError(f"input={pattern!r}: no files there; give a file, a glob in quotes, or a "
-                         f"folder with {suffixes} (--suffixes= names others)")
-    return paths
-
-
-def plain_name(path):
-    """Return the file's name in small letters, without .gz or .zst."""
-    return re.sub(r"\.(gz|zst)$", "", path.name.lower())
-
-
-def stdlib_files():
-    """Return the standard library's .py files, sorted, without tests and installed packages."""
-    import sysconfig
-
-    root, paths = Path(sysconfig.get_path("stdlib")), []
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = set(subfolders) - skip
-        paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(paths, key=lambda p: p.relative_to(root).as_posix())
-
-
-def download(url, path):
-    """Fetch a URL into `path`, once. Raises ValueError with what to do instead when offline."""
-    import urllib.request
-    from http.client import HTTPException
-
-    if not path.is_file():
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                text = response.read()
-        except (OSError, HTTPException) as error:
-            raise ValueError(f"cannot download {url} ({error}); fetch it elsewhere and add "
-                             "--input=FILE") from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, text.decode("utf-8"))
-    return path
-
-
-def download_shards(dataset, folder, max_tokens):
-    """Fetch ready-made token files from Hugging Face's hub, the validation file first.
-
-    A file that is there is not fetched again, so that a stopped download goes on, and training can
-    begin with the first files. Raises ValueError for a dataset that has none, or when offline.
-    """
-    from huggingface_hub import hf_hub_download
-
-    if dataset not in READY_MADE:
-        raise ValueError(f"dataset={dataset!r} is not to be had ready-made; choose "
-                         f"{' or '.join(READY_MADE)}")
-    hub_dataset, pattern, files = READY_MADE[dataset]
-    names = [pattern.format("val", 0), *(pattern.format("train", i) for i in range(1, files + 1))]
-    tokens = 0
-    for name in names:
-        if not (folder / name).is_file():
-            try:
-                hf_hub_download(hub_dataset, name, repo_type="dataset", local_dir=folder)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"cannot download {name} of {hub_dataset} "
-                                 f"({type(error).__name__}); fetch it elsewhere and put it into "
-                                 f"{folder}") from error
-        *_, count = read_header(folder / name)
-        tokens += count * ("train" in name)
-        print(f"{folder / name}: {count:,} tokens", flush=True)
-        if 0 < max_tokens <= tokens:
-            break
-    print(f"{folder}: {tokens:,} tokens for training")
-
-
-def fingerprint(paths):
-    """Return a hash of the files' names, sizes and times: has the corpus changed?"""
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
-
-
-def read_pieces(paths, text_column, bad_text="stop"):
-    """Yield (starts_document, text): documents in pieces of about PIECE characters at most.
-
-    A text file is one document; each row of a .jsonl, .csv or .parquet file is one. Raises
-    ValueError with file and position for what is not text, unless bad_text says what to do.
-    """
-    readers = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
-    for path in paths:
-        reader = readers.get(Path(plain_name(path)).suffix)
-        documents = reader(path, text_column, bad_text) if reader else [read_text(path, bad_text)]
-        for pieces in documents:
-            start = True
-            for text in pieces:
-                if text:
-                    yield start, text
-                    start = False
-
-
-def open_plain(path):
-    """Open a file's bytes, unpacked where its name ends in .gz or .zst."""
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.name.lower().endswith(".zst"):
-        from pyarrow import input_stream
-
-        return BufferedReader(input_stream(path, compression="zstd"))
-    return open(path, "rb")
+    return {"kind": kind}, {"tokenizer": kind}
 
 
 @contextmanager
-def named_errors(path):
-    """Turn what a damaged packed file raises into a ValueError with its name."""
+def lock(folder):
+    """Keep others from preparing the same dataset. An empty folder does not stay behind. Raises
+    ValueError where another has it, or where the disk is full."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
     try:
-        yield
-    except (EOFError, OSError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # the system's word, not the file's
-        raise ValueError(f"{path}: damaged, or not what its name says ({error})") from error
-
-
-def read_text(path, bad_text="stop"):
-    """Yield a text file in pieces that end where no token can span the cut."""
-    if bad_text == "skip":  # a file is read whole before it is known to be good
-        try:
-            for _ in read_text(path):
-                pass
-        except BadText as error:
-            say_once(f"skipped: {str(error).removesuffix(f'; {BAD_TEXT}')}")
-            return
-    decode = codecs.getincrementaldecoder("utf-8-sig")(
-        "replace" if bad_text == "replace" else "strict").decode
-    rest, done = "", 0
-    with named_errors(path), open_plain(path) as file:
-        while True:
-            raw = file.read(PIECE)
+        with FileLock(path, timeout=0):
             try:
-                text = decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                place = done + len(raw) - len(error.object) + error.start
-                raise BadText(f"{path}, byte {place:,}: not UTF-8 (0x"
-                              f"{error.object[error.start]:02x}, {error.reason}); {BAD_TEXT}"
-                              ) from error
-            if "\0" in text and bad_text != "replace":
-                raise BadText(f"{path}, near byte {done:,}: has zero bytes, so it is not text; "
-                              f"{BAD_TEXT}")
-            done += len(raw)
-            *ready, rest = cut(rest + text.replace("\0", "\ufffd"))
-            yield from ready
-            if not raw:
-                break
-    yield rest
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Timeout as error:
+        raise ValueError(f"{folder}: another process is preparing it; wait for that, or choose "
+                         "another --dataset=NAME") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise ValueError(f"{folder}: {error.strerror}; make room and run the same command again, "
+                         "it goes on") from error
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
-class BadText(ValueError):
-    """A document that is not text."""
+def earlier(folder, source, overwrite):
+    """Return what an earlier preparation of the same left: its notes, "done", or None."""
+    unfinished, meta_path = folder / "UNFINISHED", folder / "meta.json"
+    notes = load_json(unfinished) if unfinished.is_file() else {}
+    if notes.get("state"):
+        if notes["source"] == source:
+            return notes
+        if not overwrite:
+            old = notes["source"]
+            other = ["other files" if key == "files" else f"{key}={old[key]!r}" if key in old
+                     else f"no {key}" for key in {**old, **source}
+                     if old.get(key) != source.get(key)]
+            raise ValueError(f"{folder}: a preparation with other settings ({', '.join(other)}) "
+                             "was stopped half-way; finish it with those, or start over with "
+                             "--overwrite=True")
+    if unfinished.exists() or overwrite:
+        return None
+    if meta_path.is_file() and load_json(meta_path).get("source") == source:
+        return "done"
+    if meta_path.is_file() or any(folder.glob("*.bin")):
+        raise ValueError(f"{folder} has token files of other text or other settings; replace them "
+                         "with --overwrite=True, or choose another --dataset=NAME")
+    return None
 
 
-@cache
-def say_once(text):  # the corpus is read twice
-    print(text, file=sys.stderr)
+def begin(folder, text, spec, source, sieve, name, workers):
+    """Read the text as far as its split and its tokenizer need it; make the folder ready; return
+    the notes with which `write_splits` begins."""
+    kind = source["tokenizer"]
+    spec = gpt2_spec() if kind == "gpt2" else spec  # before the text is read
+    facts = {"by": "first file", "documents": 2} if isinstance(text, Hub) else survey(
+        text, source["val_fraction"], kind)
+    if not facts["documents"]:
+        raise ValueError(f"{name}: there is no text in its {len(text.paths)} file(s)")
+    chooses = {key for key in sieve if sieve[key] and key != "language_score"}
+    if facts["documents"] < 2 and chooses and (
+            chooses != {"filters"} or sieve["filters"] != "pii"):
+        raise ValueError(f"{name}: a single text, and --{chooses.pop()} chooses among documents; "
+                         "give a folder or a .jsonl")
+    if kind == "chars":
+        written = {"c4": ["\n"], "pii": [*rules.EMAILS, *rules.IPS]}  # by filters
+        alphabet = set(facts.pop("alphabet")).union(*(
+            text for name in sieve["filters"].split() for text in written.get(name, ())))
+        spec = {"kind": kind, "alphabet": "".join(sorted(alphabet)),
+                "documents": facts["documents"] > 1}
+    if kind == "bpe":
+        spec = learn(text, facts, source, sieve, workers)
+    clear(folder)
+    Tokenizer(spec).save(folder)
+    return {"source": source, "facts": facts, "state": None}
 
 
-def cut(text, size=None):
-    """Split text longer than `size` (PIECE) where no token of GPT-2's or GPT-4's patterns can span
-    the cut: before a space that follows none, or white space or punctuation that follows a letter
-    or digit; at `size` where there is none near. So the pieces have the tokens of the whole."""
-    pieces, start, size = [], 0, size or PIECE
-    while len(text) - start > size:
-        end = start + size
-        if match := SAFE_CUT.match(text, max(start, end - 2**15), end):
-            end = match.end()
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
+def cores():
+    """Return the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def read_lines(path, bad_text):
-    """Yield (number, line) of a file of lines, decoded as bad_text says."""
-    with named_errors(path), open_plain(path) as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8",
-                                         "replace" if bad_text == "replace" else "strict")
-            except UnicodeDecodeError as error:
-                place = f"{path}, line {number:,}, byte {error.start:,}: not UTF-8"
-                if bad_text == "stop":
-                    raise BadText(f"{place}; {BAD_TEXT}") from error
-                say_once(f"skipped: {place}")
+def clear(folder):
+    """Remove an earlier dataset of ours; others' files stay."""
+    write_aside(folder / "UNFINISHED", "{}\n")  # while it is there, the folder is not a dataset
+    for old in list(folder.iterdir()):
+        if re.fullmatch(r"(meta|tokenizer)\.json|removed\.jsonl|seen\.tmp"
+                        r"|(train|val)_\d+\.(bin|mask|tmp|bin\.tmp|mask\.tmp)", old.name):
+            old.unlink()
 
 
-def read_jsonl(path, column, bad_text):
-    """Yield each line's document, in pieces."""
-    for number, line in read_lines(path, bad_text):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}, line {number}: no text in field {column!r} (it has: {has}); "
-                             "name the field with --text_column=")
-        yield cut(row[column].encode("utf-8", "replace").decode())  # lone surrogates: ?
+def download_shards(dataset, folder, max_tokens, overwrite):
+    """Fetch ready-made token files from Hugging Face's hub, the validation file first.
 
-
-def read_csv(path, column, bad_text):
-    """Yield each row's document, in pieces. The first row names the columns."""
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(line for _, line in read_lines(path, bad_text))
-    try:
-        if column not in (rows.fieldnames or ()):
-            raise ValueError(f"{path}: no column {column!r} (it has: "
-                             f"{', '.join(rows.fieldnames or ())}); name it with --text_column=")
-        for row in rows:
-            yield cut(row[column] or "")
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
-
-
-def read_parquet(path, column, bad_text):
-    """Yield each row's document, in pieces."""
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise ValueError(f"{path}: no column {column!r} (it has: {', '.join(names)}); "
-                                 "name it with --text_column=")
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).cast(pa.large_string()).to_pylist():
-                    yield cut(text or "")
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
-
-
-def survey(pieces, val_fraction, kind):
-    """Read the corpus once: {documents, characters, bytes, alphabet (for chars), by_document}.
-
-    by_document: whether the validation split can be made of whole documents. It can where
-    `held_out` puts between half and twice val_fraction of the text aside; a single text or a
-    handful of documents is split by position.
+    meta.json says at once which files there will be, so that training can begin with the first and
+    takes the later ones as they land. A file that is there is not fetched again. Raises ValueError
+    for a dataset that has none, or when offline.
     """
-    facts = {"documents": 0, "characters": 0, "bytes": 0}
-    alphabet, held, in_val, show = set(), 0, False, progress("reading")
-    for starts, text in pieces:
+    meta = load_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
+    if not overwrite and ((folder / "UNFINISHED").exists() or meta and "ready_made" not in meta):
+        raise ValueError(f"{folder} has token files of other text; replace them with "
+                         "--overwrite=True")
+    if overwrite or "ready_made" not in meta or meta["ready_made"]["max_tokens"] != max_tokens:
+        name, commit, files = corpus.ready_made(dataset)
+        val, train, total = [], [], 0
+        for file, tokens in files.items():
+            if "_val_" in file:
+                val.append({"file": file, "tokens": tokens})
+            elif not 0 < max_tokens <= total:
+                train.append({"file": file, "tokens": tokens})
+                total += tokens
+        meta = {"dataset": folder.name, "tokenizer": "gpt2", "vocab_size": 50257,
+                "order": "by_file",
+                "splits": {split: {"tokens": sum(shard["tokens"] for shard in shards),
+                                   "shards": shards}
+                           for split, shards in (("val", val), ("train", train))},
+                "ready_made": {"from": name, "commit": commit, "max_tokens": max_tokens}}
+        if overwrite:
+            clear(folder)
+            (folder / "UNFINISHED").unlink()
+        write_aside(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    for split in ("val", "train"):
+        for shard in meta["splits"][split]["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file():
+                corpus.fetch(meta["ready_made"]["from"], meta["ready_made"]["commit"],
+                             shard["file"], folder)
+            *_, count = read_header(path)
+            if count != shard["tokens"]:
+                raise ValueError(f"{path}: has {count:,} tokens and should have "
+                                 f"{shard['tokens']:,}; remove it and run the same command again")
+            print(f"{path}: {count:,} tokens", flush=True)
+    print(f"{folder}: {meta['splits']['train']['tokens']:,} tokens for training")
+
+
+# ---------------------------------------------------------------------- which text goes where
+
+
+def survey(text, val_fraction, kind):
+    """Read the corpus: {documents, characters, by, alphabet (for chars)}.
+
+    by: how the validation split is made: "document" where `held_out` puts between half and twice
+    val_fraction of the text aside; else, as for a single text or a handful of documents,
+    "position". It ends early where enough text says "document" and no more is asked.
+    """
+    facts, alphabet, held, in_val = {"documents": 0, "characters": 0}, set(), 0, False
+    start, show = text.place, progress(text, "reading")
+    for starts, piece, _ in text:
         facts["documents"] += starts
-        facts["characters"] += len(text)
-        facts["bytes"] += len(text.encode())
+        facts["characters"] += len(piece)
         if kind == "chars":
-            alphabet.update(text)
-        in_val = held_out(text, val_fraction) if starts else in_val
-        held += in_val * len(text)
-        show(facts["bytes"])
-    share = held / max(1, facts["characters"])
-    fits = 0.5 * val_fraction < share < min(1, 2 * val_fraction)
-    return {**facts, "alphabet": "".join(sorted(alphabet)), "by_document": fits}
+            alphabet.update(piece)
+        in_val = held_out(piece, val_fraction) if starts else in_val
+        held += in_val * len(piece)
+        fits = 0.5 * val_fraction < held / facts["characters"] < min(1, 2 * val_fraction)
+        if facts["characters"] > ENOUGH and fits and facts["documents"] > 1000 and kind not in (
+                "chars", "bpe"):
+            break
+        show()
+    text.place = start
+    if facts["characters"] < 2:
+        facts["documents"] = 0
+    return {**facts, "by": "document" if facts["documents"] and fits else "position",
+            "alphabet": "".join(sorted(alphabet))}
 
 
 def held_out(text, val_fraction):
@@ -423,68 +315,239 @@ def held_out(text, val_fraction):
     return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
-def assign(pieces, facts, val_fraction):
-    """Yield (split, starts_document, text): by document, or all before a position for training.
+def units(text, facts, val_fraction, place=None):
+    """Yield ([(split, starts_document, text, row)], place): work for a process, and from where
+    another run could go on after it.
 
-    A single text is no document among others: nothing in it starts one.
+    By document, or all before a position for training; split is "" where the first token file is
+    for validation. A single text is no document among others: nothing in it starts one.
     """
-    position, split, characters = 0, "train", facts["characters"]
+    unit, size = [], 0
+    if place:
+        text.place = place["text"]
+    place = dict(place or {"characters": 0, "split": "train"})
+    characters = facts.get("characters", 0)
     end_of_train = min(max(1, int(characters * (1 - val_fraction))), characters - 1)
-    for starts, text in pieces:
+    for starts, piece, row in text:
         starts = starts and facts["documents"] > 1
-        if facts["by_document"]:
+        if facts["by"] == "first file":
+            unit.append(("", starts, piece, row))
+        elif facts["by"] == "document":
             if starts:
-                split = "val" if held_out(text, val_fraction) else "train"
-            yield split, starts, text
-            continue
-        before = max(0, end_of_train - position)
-        position += len(text)
-        if text[:before]:
-            yield "train", starts, text[:before]
-        if text[before:]:
-            yield "val", starts and not before, text[before:]
+                place["split"] = "val" if held_out(piece, val_fraction) else "train"
+            unit.append((place["split"], starts, piece, row))
+        else:
+            before = max(0, end_of_train - place["characters"])
+            if piece[:before]:
+                unit.append(("train", starts, piece[:before], row))
+            if piece[before:]:
+                unit.append(("val", starts and not before, piece[before:], row))
+        place["characters"] += len(piece)
+        size += len(piece)
+        if size >= corpus.PIECE and text.between:
+            yield unit, {**place, "text": text.place}
+            unit, size = [], 0
+    yield unit, {**place, "text": text.place}
 
 
-def training_text(pieces, characters, limit):
-    """Yield at most `limit` of the corpus's characters, of `assign`'s training pieces only and
-    evenly spread over them, in short texts."""
-    share, seen, taken = min(1, limit / characters), 0, 0
+def learn(text, facts, source, sieve, workers):
+    """Return the spec of a byte-pair encoding learned from the training text that is kept."""
+    limit, skip = source["bpe_characters"], 0
+    start = text.place
+    if facts["by"] == "first file":  # the validation text is not known yet, but it is before this
+        skip, facts = 6 * source["shard_tokens"], facts | {"characters": 0}
+
+    def kept():
+        dropped = False
+        for unit, _, results in encoded(units(text, facts, source["val_fraction"]), None, sieve,
+                                        workers if sieve["filters"] else 1):
+            for (split, starts, *_), (reason, piece, *_) in zip(unit, results, strict=True):
+                dropped = bool(reason) if starts else dropped
+                yield "" if dropped else split or "train", starts, piece
+
+    spec = train_bpe(training_text(kept(), facts["characters"], limit, skip),
+                     source["vocab_size"], source["split_pattern"])
+    text.place = start
+    if (found := Tokenizer(spec).vocab_size) < source["vocab_size"]:
+        print(f"bpe: no more pairs come twice in that text, so the vocabulary is {found:,} and not "
+              f"{source['vocab_size']:,}")
+    return spec
+
+
+def training_text(pieces, characters, limit, skip=0):
+    """Yield at most `limit` of the corpus's characters, of its training pieces only, in short
+    texts: evenly spread over them, or where their number is not known the first after `skip`."""
+    share, seen, taken = min(1, limit / characters) if characters else 1, 0, 0
     for split, _, text in pieces:
         for part in cut(text, max(64, min(2**14, limit // 64))) if split == "train" else []:
             seen += len(part)
-            if taken + len(part) <= share * seen:
+            if seen > skip and taken + len(part) <= min(limit, share * seen):
                 taken += len(part)
                 yield part
+        if not characters and taken + 2**14 > limit:
+            return
 
 
-# ---------------------------------------------------------------------- token files
+# ---------------------------------------------------------------------- filtering and tokenizing
 
 
-def write_splits(folder, pieces, tokenizer, size, shard_tokens):
-    """Tokenize `assign`'s pieces, `size` bytes in all, into both splits' files; return what
-    meta.json says of them."""
-    show = progress("tokenizing", size)
+def encoded(units, spec, sieve, workers):
+    """Yield (unit, place, [(reason to remove it, ids, bytes, keys)]) for units, in their order.
+
+    At most a few units are under way, so memory is bounded. Without a spec, ids are the text.
+    """
+    if workers == 1:
+        encode = encoder(spec, sieve)
+        for unit, place in units:
+            yield unit, place, encode(unit)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker,
+                               (spec, sieve))
+    waiting = deque()
+    try:
+        for unit, place in units:
+            waiting.append((unit, place, pool.submit(work, unit)))
+            if len(waiting) > 2 * workers:
+                unit, place, future = waiting.popleft()
+                yield unit, place, future.result()
+        while waiting:
+            unit, place, future = waiting.popleft()
+            yield unit, place, future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(f"one of the {workers} worker processes was killed (for memory?); run the "
+                         "same command again, it goes on; fewer of them: --workers=") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(spec, sieve):
+    """Prepare a worker process, which ends with its parent, whatever ends that."""
+    global work_on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    work_on = encoder(spec, sieve)
+
+
+def work(unit):
+    return work_on(unit)
+
+
+def encoder(spec, sieve):
+    """Return the function that filters and tokenizes a unit. A document longer than a piece is
+    judged by its first; the others are cleaned only."""
+    judge, keys_of = rules.make_judge(sieve), rules.key_function(sieve)
+    clean = [rule for rule in (rules.c4, rules.pii) if rule.__name__ in sieve["filters"].split()]
+    tokenizer = Tokenizer(spec) if spec else None
+
+    def encode(unit):
+        results = []
+        for _, starts, text, row in unit:
+            reason = ""
+            if starts:
+                reason, text = judge(text, row)
+            for rule in () if starts else clean:
+                text = rule(text)[1]
+            keys = keys_of(text) if keys_of and starts and not reason else None
+            ids = text if not tokenizer else None if reason else tokenizer.encode(text)
+            results.append((reason, ids, len(text.encode()), keys))
+        return results
+
+    return encode
+
+
+def write_splits(folder, text, notes, sieve, workers):
+    """Tokenize the text into both splits' files, from where the notes say on; write and return
+    meta.json."""
+    facts, source, state = notes["facts"], notes["source"], notes["state"] or {}
+    tokenizer, many = Tokenizer.load(folder), facts["documents"] > 1
+    limits = {"train": source.get("max_tokens") or 1 << 62,
+              "val": source["shard_tokens"] if facts["by"] == "first file" else 1 << 62}
     with ExitStack() as stack:
         writers = {split: stack.enter_context(ShardWriter(
-            folder, split, tokenizer.vocab_size, shard_tokens)) for split in ("train", "val")}
-        for batch in batches(pieces):
-            encoded = tokenizer.encode_batch([text for *_, text in batch])
-            for (split, starts, text), ids in zip(batch, encoded, strict=True):
-                writers[split].add(ids, len(text.encode()), tokenizer.eot if starts else None)
-            show(sum(writer.totals["bytes"] for writer in writers.values()))
-        return {split: writer.finish() for split, writer in writers.items()}
+            folder, split, tokenizer.vocab_size, source["shard_tokens"], state.get(split)))
+            for split in ("train", "val")}
+        removed = rules.Removed(folder, sieve, state.get("removed"))
+        stack.callback(removed.close)
+        place, dropped = state.get("place"), state.get("dropped", False)
+        if state:
+            print(f"{folder}: going on after {removed.read:,} documents and "
+                  f"{sum(w.totals['tokens'] for w in writers.values()):,} tokens")
+
+        def note():
+            made = {split: writer.state() for split, writer in writers.items()}
+            now = {**made, "removed": removed.state(), "place": place, "dropped": dropped}
+            write_aside(folder / "UNFINISHED", json.dumps(notes | {"state": now}) + "\n")
+            for writer in writers.values():
+                writer.publish()
+
+        show = progress(text, "tokenizing", removed, writers, limits["train"])
+        results = encoded(units(text, facts, source["val_fraction"], place), tokenizer.spec,
+                          sieve, workers)
+        stack.callback(results.close)
+        noted, finished = time.monotonic(), sum(len(w.shards) for w in writers.values())
+        for unit, place, result in results:  # noqa: B007 (note reads it)
+            if facts["by"] != "position" and (
+                    writers["train"].totals["tokens"] >= limits["train"]):
+                break
+            for (split, starts, piece, row), (reason, ids, size, keys) in zip(
+                    unit, result, strict=True):
+                if starts or not many:
+                    dropped = removed.add(piece, row, reason, keys) if many else False
+                eot = tokenizer.eot if starts else None
+                for name in () if dropped else [split] if split else ["val", "train"]:
+                    ids, size, eot = fill(writers[name], limits[name], tokenizer, ids, size, eot)
+            now = sum(len(w.shards) for w in writers.values())
+            if now > finished or time.monotonic() - noted > NOTE:
+                note()
+                noted, finished = time.monotonic(), now
+            show()
+        splits = {split: writer.finish() for split, writer in writers.items()}
+        if empty := [split for split, info in splits.items() if not info["tokens"]]:
+            clear(folder)
+            (folder / "UNFINISHED").unlink()
+            raise ValueError(f"{folder}: no tokens are left for the {empty[0]} split "
+                             f"({removed.read:,} documents, {removed.counts.total():,} removed"
+                             + (f", most for {removed.counts.most_common(1)[0][0]!r}" if
+                                removed.counts else "") + "); "
+                             "filter less, give more text, or use a larger --max_tokens or a "
+                             "smaller --shard_tokens")
+        note()
+    meta = {"dataset": folder.name, "tokenizer": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size, "splits": splits, "source": source}
+    if removed.samples:
+        meta["removed"] = {"documents_read": removed.read, **removed.counts}
+        say_removed(removed, folder)
+    if tokenizer.kind == "bpe":
+        meta["compared"] = compare(folder / splits["val"]["shards"][0]["file"], tokenizer)
+    write_aside(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    (folder / "seen.tmp").unlink(missing_ok=True)
+    (folder / "UNFINISHED").unlink()
+    for split, info in splits.items():
+        documents = f", {info['documents']:,} documents" if many else ""
+        print(f"{split}: {info['tokens']:,} tokens of {info['bytes'] / info['tokens']:.2f} bytes"
+              f"{documents}, {len(info['shards'])} file(s)")
+    print(f"{folder}: done; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}")
 
 
-def batches(items):
-    """Yield lists of `assign`'s items, of about four pieces each: work for several cores."""
-    batch, characters = [], 0
-    for item in items:
-        batch.append(item)
-        characters += len(item[2])
-        if characters >= 4 * PIECE:
-            yield batch
-            batch, characters = [], 0
-    yield batch
+def fill(writer, limit, tokenizer, ids, size, eot):
+    """Write what fits of a text's ids; return the ids, bytes and end-of-text that are left."""
+    room = limit - writer.totals["tokens"] - (eot is not None)
+    if room < 0 or not room and eot is None:
+        return ids, size, eot
+    fits = ids[:room]
+    taken = size if len(fits) == len(ids) else len(tokenizer.decode_bytes(fits.tolist()))
+    if len(fits) or eot is not None:
+        writer.add(fits, taken, eot)
+    return ids[room:], size - taken, None
+
+
+def say_removed(removed, folder):
+    total = removed.counts.total()
+    print(f"removed {total:,} of {removed.read:,} documents ({total / max(1, removed.read):.1%}), "
+          f"samples in {folder / 'removed.jsonl'}:")
+    for reason, count in removed.counts.most_common():
+        print(f"  {count:>9,}  {reason}")
 
 
 def compare(path, tokenizer):
@@ -498,8 +561,8 @@ def compare(path, tokenizer):
     texts = [tokenizer.decode(ids) for ids in texts]
     found["bytes"] = sum(len(text.encode()) for text in texts)
     try:
-        encoded = Tokenizer(gpt2_spec()).encode_batch(texts)
-        found["gpt2_tokens"] = sum(map(len, encoded))
+        gpt2 = Tokenizer(gpt2_spec())
+        found["gpt2_tokens"] = sum(len(gpt2.encode(text)) for text in texts)
         of_gpt2 = f"gpt2 {found['bytes'] / found['gpt2_tokens']:.3f}"
     except ValueError:
         of_gpt2 = "gpt2's files are not to be had here"
@@ -508,20 +571,93 @@ def compare(path, tokenizer):
     return found
 
 
-def progress(what, total=0):
-    """Return a function of the bytes done that shows them at most once a second on a terminal."""
-    began = last = time.monotonic()
+def progress(text, what, removed=None, writers=(), max_tokens=1 << 62):
+    """Return a function that shows on stderr how far it is: each second on a terminal, else each
+    minute, a line."""
+    every = 1 if sys.stderr.isatty() else 60
 
-    def show(done):
+    def tokens():
+        return sum(writers[split].totals["tokens"] for split in writers)
+
+    def share():
+        return max(text.share_done(), tokens() / max_tokens)
+
+    began = last = time.monotonic()
+    first_share, first_tokens = share(), tokens()
+
+    def show():
         nonlocal last
         now = time.monotonic()
-        if now - last > 1 and sys.stderr.isatty():
-            last, rate = now, done / (now - began)
-            left = f", {max(0, total - done) / rate:.0f} s left" if total else ""
-            print(f"\r{what}: {done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}   ", end="\r",
-                  file=sys.stderr, flush=True)
+        if now - last < every:
+            return
+        last, done, seconds = now, share(), now - began
+        line = f"{what}: {done:.1%}"
+        if writers:
+            line += (f", {removed.read:,} documents, {tokens():,} tokens, "
+                     f"{(tokens() - first_tokens) / seconds:,.0f} tokens/s")
+        if done > first_share:
+            left = round(seconds * (1 - done) / (done - first_share))
+            line += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        print(f"\r{line}   " if every == 1 else line, end="\r" if every == 1 else "\n",
+              file=sys.stderr, flush=True)
 
     return show
+
+
+# ---------------------------------------------------------------------- looking at it
+
+
+def show_dataset(dataset, count):
+    """Print the sizes of a prepared dataset, its most common tokens, and random documents with the
+    boundaries of their tokens visible: by colour on a terminal, else by |."""
+    tokenizer, rng = load_tokenizer(dataset), np.random.default_rng()
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for split in ("train", "val"):
+        reader = TokenReader(dataset, split)
+        size = reader.bytes_per_token
+        documents = ((reader.meta or {}).get("splits", {}).get(split, {})).get("documents")
+        print(f"{split}: {reader.tokens:,} tokens"
+              + (f", {round(size * reader.tokens):,} bytes ({size:.3f} per token)" if size else "")
+              + (f", {documents:,} documents" if documents else "")
+              + f", {len(reader.paths)} file(s)")
+    reader = TokenReader(dataset, "train")
+    landed = next((first for first, path in zip(reader.firsts, reader.paths, strict=True)
+                   if not path.is_file()), reader.tokens)
+    if not landed:
+        raise ValueError(f"{reader.paths[0]}: is not there yet; look again when it is")
+    length = min(4096, landed)
+    places = np.linspace(0, landed - length, 256).astype(np.int64)
+    counts = np.bincount(reader.rows(places, length).ravel(), minlength=tokenizer.vocab_size)
+    common = [f"{visible(tokenizer, i)} {counts[i] / counts.sum():.1%}"
+              for i in np.argsort(-counts, kind="stable")[:20] if counts[i]]
+    print(f"tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}, of which "
+          f"{np.count_nonzero(counts):,} in {len(places) * length:,} tokens looked at; the most "
+          f"common: {'  '.join(common)}")
+    for start in rng.integers(0, landed - length + 1, count):
+        ids = reader.rows(np.array([start]), length)[0]
+        begins = np.flatnonzero(ids == tokenizer.eot) if tokenizer.eot is not None else ()
+        first = begins[0] + 1 if len(begins) else 0  # in a long document: its middle
+        last = begins[1] if len(begins) > 1 else length
+        shown = ids[first:min(last, first + 256)].tolist()
+        print(f"\n--- tokens {start + first:,} to {start + first + len(shown):,}"
+              + ("" if len(begins) else ", from the middle of a document"))
+        print(boundaries(tokenizer, shown, colour))
+
+
+def visible(tokenizer, i):
+    return json.dumps(tokenizer.decode([i]), ensure_ascii=False)
+
+
+def boundaries(tokenizer, ids, colour):
+    """Return the text of ids with each token set apart. Bytes of a character that several tokens
+    share are shown with the last of them."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    parts = [decode(tokenizer.decode_bytes([i])) for i in ids] + [decode(b"", final=True)]
+    parts = list(filter(None, parts))
+    if not colour:
+        return "|".join(parts)
+    return "".join(f"\033[{(44, 45, 42, 46)[n % 4]};97m{part}\033[0m" for n, part in
+                   enumerate(parts))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ encodes.
 
 import base64
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -109,14 +108,7 @@ class Tokenizer:
                 raise ValueError(f"the vocabulary of {self.vocab_size} characters lacks "
                                  f"{lacking!r}; leave them out, or train with --tokenizer=bytes")
             return ids
-        return np.array(self.bpe.encode_ordinary(text), np.uint32)
-
-    def encode_batch(self, texts):
-        """Return `encode` of each text; byte-pair encoding uses all cores."""
-        if self.kind not in ("gpt2", "bpe"):
-            return [self.encode(text) for text in texts]
-        encoded = self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        return [np.array(ids, np.uint32) for ids in encoded]
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def encode_prompt(self, text):
         """Return the ids of a prompt, a list, in which <|endoftext|> stands for its token."""

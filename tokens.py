@@ -28,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent
 HEADER = 256  # int32 before the tokens
 FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): token type
-MASK_FORMAT = (20241121, 1)
+MASK_FORMAT = (20241121, 1)  # (magic, version) of a loss mask, one byte for each token
 CHUNK = 1024  # sequences whose starts are worked out, and remembered, at a time
 POLL, PATIENCE = 3, 1800  # seconds: how often to look for a file that is awaited, and how long
 
@@ -42,60 +42,124 @@ def dataset_folder(dataset):
 
 
 class ShardWriter:
-    """Writes one split: files of at most `shard_tokens` tokens, each aside and then renamed."""
+    """Writes one split: files of at most `shard_tokens` tokens, aside (.tmp) until published.
 
-    def __init__(self, folder, split, vocab_size, shard_tokens):
+    What `state` returned and its caller has noted is on the disk; `publish` then gives finished
+    files their final names. Another process goes on from that state: what was written after it is
+    cut off. Where masks are given, each file has one beside it (MASK_FORMAT).
+    """
+
+    def __init__(self, folder, split, vocab_size, shard_tokens, state=None):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.format = (20240520, 1) if vocab_size <= 2**16 else (20240801, 7)
-        self.file, self.shards = None, []
-        self.totals = {"tokens": 0, "bytes": 0, "documents": 0}
+        self.files = {}  # suffix: open file
+        state = state or {"tokens": 0, "bytes": 0, "documents": 0, "shards": [], "open": 0,
+                          "masked": None}  # None until it is known
+        self.shards = [dict(shard) for shard in state["shards"]]
+        self.totals = {key: state[key] for key in ("tokens", "bytes", "documents")}
+        self.publish()
+        self.count, self.masked = state["open"], state["masked"]  # tokens in the open file
+        if self.count:
+            self.reopen()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        if self.file:  # stopped by an error: leave nothing half-written
-            self.file.close()
-            self.path("tmp").unlink(missing_ok=True)
+        for file in self.files.values():
+            file.close()
 
-    def path(self, suffix):
-        return self.folder / f"{self.split}_{len(self.shards):06d}.{suffix}"
+    def path(self, suffix, number=None):
+        number = len(self.shards) if number is None else number
+        return self.folder / f"{self.split}_{number:06d}.{suffix}"
 
-    def add(self, ids, size, eot=None):
-        """Append ids, which stand for `size` bytes of text; eot: the id of a document's start."""
+    def reopen(self):
+        """Go on with the file that was being written: cut off what came after the last state."""
+        self.hash = hashlib.sha256()
+        for suffix in ("bin", "mask")[:1 + self.masked]:
+            width = np.dtype(FORMATS[self.format]).itemsize if suffix == "bin" else 1
+            path, size = self.path(f"{suffix}.tmp"), 4 * HEADER + self.count * width
+            if not path.is_file() or path.stat().st_size < size:
+                raise ValueError(f"{path}: is not what its preparation left, so it cannot go on; "
+                                 f"remove {self.folder} and prepare it again")
+            self.files[suffix] = open(path, "rb+")
+            self.files[suffix].truncate(size)
+            if suffix == "bin":
+                self.files[suffix].seek(4 * HEADER)
+                while chunk := self.files[suffix].read(1 << 20):
+                    self.hash.update(chunk)
+            self.files[suffix].seek(size)
+
+    def add(self, ids, size, eot=None, mask=None):
+        """Append ids, which stand for `size` bytes of text; eot: the id of a document's start.
+
+        mask: one number per id, 1 where the loss counts with that id as the target, else 0; always
+        or never given. The end-of-text token does not count where there is a mask.
+        """
+        assert self.masked in (None, mask is not None), "a split has masks for all or none"
         self.totals["documents"] += eot is not None
         self.totals["bytes"] += size
-        ids = np.concatenate([[eot], ids]) if eot is not None else ids
-        ids = ids.astype(FORMATS[self.format])
-        while len(ids):
-            if self.file is None:
-                self.file, self.count, self.hash = open(self.path("tmp"), "wb"), 0, hashlib.sha256()
-                self.file.write(bytes(4 * HEADER))
-            part = ids[:self.shard_tokens - self.count]
-            self.file.write(part.tobytes())
-            self.hash.update(part.tobytes())
-            self.count += len(part)
-            ids = ids[len(part):]
+        self.masked = mask is not None
+        rows = {"bin": (ids, FORMATS[self.format])}
+        if self.masked:
+            rows["mask"] = mask, "u1"
+        first = {"bin": eot, "mask": 0}
+        rows = {suffix: (np.concatenate([[first[suffix]], row]) if eot is not None else row
+                         ).astype(kind) for suffix, (row, kind) in rows.items()}
+        done, total = 0, len(rows["bin"])
+        while done < total:
+            part = slice(done, done + self.shard_tokens - self.count)
+            self.write({suffix: row[part].tobytes() for suffix, row in rows.items()})
+            added = len(rows["bin"][part])
+            self.count, done = self.count + added, done + added
+            self.totals["tokens"] += added
             if self.count == self.shard_tokens:
                 self.close_shard()
 
+    def write(self, rows):
+        if not self.files:
+            self.hash = hashlib.sha256()
+            for suffix in rows:
+                self.files[suffix] = open(self.path(f"{suffix}.tmp"), "wb")
+                self.files[suffix].write(bytes(4 * HEADER))
+        for suffix, row in rows.items():
+            self.files[suffix].write(row)
+        self.hash.update(rows["bin"])
+
     def close_shard(self):
-        header = np.zeros(HEADER, "<i4")
-        header[:3] = *self.format, self.count
-        self.file.seek(0)
-        self.file.write(header.tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.file = None
-        os.replace(self.path("tmp"), self.path("bin"))
+        for suffix, kind in (("bin", self.format), ("mask", MASK_FORMAT))[:len(self.files)]:
+            header = np.zeros(HEADER, "<i4")
+            header[:3] = *kind, self.count
+            self.files[suffix].seek(0)
+            self.files[suffix].write(header.tobytes())
+        self.sync()
+        for file in self.files.values():
+            file.close()
+        self.files = {}
         self.shards.append({"file": self.path("bin").name, "tokens": self.count,
                             "sha256": self.hash.hexdigest()})
-        self.totals["tokens"] += self.count
+        self.count = 0
+
+    def sync(self):
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def state(self):
+        """Return what another process needs to go on; all of it is on the disk."""
+        self.sync()
+        return {**self.totals, "shards": self.shards, "open": self.count, "masked": self.masked}
+
+    def publish(self):
+        """Give the finished files their final names. Call it once their state has been noted."""
+        for number in range(len(self.shards)):
+            for suffix in ("mask", "bin"):
+                if (aside := self.path(f"{suffix}.tmp", number)).is_file():
+                    os.replace(aside, self.path(suffix, number))
 
     def finish(self):
         """Close the last file; return the split's entry of meta.json (sha256 is of the tokens)."""
-        if self.file:
+        if self.count:
             self.close_shard()
         return {**self.totals, "shards": self.shards}
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import random
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ ROOT = Path(train.__file__).parent
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
 SHORTER = {  # flags that make each script quick
     "prepare.py": [],
+    "pipeline.py": [],
     "train.py": ["--eval_iters=1", "--batch_size=2", "--log_interval=1", "--device=cpu"],
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
     "bench.py": ["--iterations=1", "--warmup=1", "--device=cpu"],
@@ -25,7 +27,8 @@ SHORTER = {  # flags that make each script quick
 ELSEWHERE = {  # what cannot run here, and why: its settings alone are checked
     "torchrun": "needs eight GPUs, and FineWeb",
     "finetune_shakespeare.py": "needs OpenAI's weights",
-    "--ready_made": "needs the hub",
+    "--ready_made": "needs the hub", "fineweb": "needs the hub", "openwebtext": "needs the hub",
+    "s3://": "needs a bucket",
 }
 
 
@@ -38,7 +41,7 @@ def commands():
         line = re.sub(r"\s+# .*", "", line)
         match = re.search(r"(\w+\.py)( .*)?$", line)
         if match:
-            script = re.search(r"\b(prepare|train|sample|bench|evaluate|hf)\.py", line)[0]
+            script = re.search(r"\b(prepare|pipeline|train|sample|bench|hf)\.py", line)[0]
             found.append((script, shlex.split(line.split(script, 1)[1]), line))
         elif "pip install" in line or line.startswith("python"):
             assert "requirements" in line, line
@@ -62,8 +65,12 @@ def test_the_commands_run_in_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "my_texts").mkdir()
-    for number in range(40):
-        (tmp_path / "my_texts" / f"{number}.txt").write_text(f"Once upon a time, {number}. " * 30)
+    words = ("once upon a time the old king and his people that lived with hope over there went "
+             "to have bread from this house while some rain came down on hills and rivers").split()
+    rng = random.Random(1)
+    for number in range(40):  # prose enough for the filters
+        text = "".join(" ".join(rng.choices(words, k=12)).capitalize() + ".\n" for _ in range(30))
+        (tmp_path / "my_texts" / f"{number}.txt").write_text(text)
     ran = 0
     for script, arguments, line in commands():
         if any(name in line for name in ELSEWHERE):

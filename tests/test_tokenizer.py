@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import corpus
 import prepare
 from tokenizer import (
     BYTES,
@@ -36,13 +37,13 @@ VARIED = [  # without the names of special tokens, which Hugging Face reads as s
     "def f(x):\n    return {**x, 'a': [1, 2][::-1]}  # ok\n\n\nclass A: ...\n" * 3]
 
 
-@pytest.fixture(scope="session")
-def corpus():
+@pytest.fixture(scope="session", name="corpus")
+def half_a_megabyte():
     """Half a megabyte of English, code and the characters of VARIED, in short texts."""
-    texts = [path.read_text(encoding="utf-8") for path in prepare.stdlib_files()[:9]]
+    texts = [path.read_text(encoding="utf-8") for path in corpus.stdlib_files()[:9]]
     if SHAKESPEARE.is_file():
         texts.append(SHAKESPEARE.read_text(encoding="utf-8")[:300_000])
-    texts = [part for text in texts for part in prepare.cut(text.replace(EOT, ""), 1000)]
+    texts = [part for text in texts for part in corpus.cut(text.replace(EOT, ""), 1000)]
     return texts + VARIED * 3
 
 
@@ -85,9 +86,6 @@ def test_decode_undoes_encode(tokenizer):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == text
         assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eot for i in ids)
-    batch = tokenizer.encode_batch([TRICKY, "a", ""])
-    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist()
-                                               for text in (TRICKY, "a", "")]
 
 
 def test_in_a_prompt_endoftext_is_its_token(tokenizer):
@@ -496,7 +494,7 @@ def test_a_large_vocabulary_has_uint32_files(tmp_path, do):
         "added_tokens": [{"id": 65792, "content": EOT, "special": True}],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges}})
-    texts = [f"{text[:300]} {i} \xff" for i, text in enumerate(VARIED * 4)]
+    texts = [f"{text[:300]} {i} \xff" for i, text in enumerate(VARIED * 12)]
     folder, meta = do(texts, tokenizer=str(path), val_fraction=0.3)
     tokenizer = load_tokenizer(f"{folder}")
     assert meta["vocab_size"] == tokenizer.vocab_size == 65793

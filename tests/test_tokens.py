@@ -63,6 +63,7 @@ def test_what_is_written_is_what_is_read(tmp_path, vocab_size, dtype, start):
         for part in np.split(ids, [1, 5, 290, 310, 950]):
             writer.add(part, size=3 * len(part))
         info = writer.finish()
+        writer.publish()
     paths = sorted(tmp_path.iterdir())
     assert [path.name for path in paths] == [f"train_00000{i}.bin" for i in range(4)]
     assert info == {"tokens": 1000, "bytes": 3000, "documents": 0, "shards": [
@@ -89,6 +90,7 @@ def test_documents_begin_with_the_end_of_text_token(tmp_path):
         writer.add(np.array([3], np.uint8), 1)
         writer.add(np.array([4], np.uint8), 1, eot=256)
         info = writer.finish()
+        writer.publish()
     assert (info["tokens"], info["bytes"], info["documents"]) == (6, 4, 2)
     assert [shard["tokens"] for shard in info["shards"]] == [3, 3]
     assert everything_in(tmp_path, "val") == [256, 1, 2, 3, 256, 4]
@@ -99,14 +101,82 @@ def everything_in(folder, split):
             for i in np.frombuffer(path.read_bytes()[1024:], "<u2").tolist()]
 
 
-def test_a_writer_that_is_stopped_leaves_nothing_half_written(tmp_path):
-    with pytest.raises(KeyboardInterrupt), \
-            tokens.ShardWriter(tmp_path, "train", 300, shard_tokens=4) as writer:
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_no_file_has_its_final_name_before_it_is_published(tmp_path):
+    with tokens.ShardWriter(tmp_path, "train", 300, shard_tokens=4) as writer:
         writer.add(np.arange(6), 6)
-        assert {path.name for path in tmp_path.iterdir()} == {"train_000000.bin",
-                                                              "train_000001.tmp"}
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
+        assert names(tmp_path) == ["train_000000.bin.tmp", "train_000001.bin.tmp"]
+        writer.publish()
+        assert names(tmp_path) == ["train_000000.bin", "train_000001.bin.tmp"]
+        writer.finish()
+        assert names(tmp_path) == ["train_000000.bin", "train_000001.bin.tmp"]
+        writer.publish()
+    assert names(tmp_path) == ["train_000000.bin", "train_000001.bin"]
+
+
+def in_parts(folder, stops, masked, vocab_size=300):
+    """Write 60 tokens in parts of 1 to 5; at each stop go on from the last noted state, which is
+    two parts old, with what was written since lying on the disk."""
+    rng, state = np.random.default_rng(3), None
+    ids, marks = rng.integers(0, vocab_size, 60), rng.integers(0, 2, 60)
+    cuts = np.cumsum(rng.integers(1, 6, 60))
+    parts = list(zip(*(np.split(row, cuts[cuts < 60]) for row in (ids, marks)), strict=True))
+    done, noted = 0, 0
+    for stop in [*stops, len(parts)]:
+        done = noted
+        with tokens.ShardWriter(folder, "train", vocab_size, 7, state) as writer:
+            for number, (part, marked) in enumerate(parts[done:stop], done):
+                if number == stop - 2 < len(parts) - 2:
+                    state, noted = json.loads(json.dumps(writer.state())), number
+                    if number % 2:
+                        writer.publish()
+                eot = vocab_size if number % 3 == 0 else None
+                writer.add(part, 2 * len(part), eot, marked if masked else None)
+            if stop == len(parts):
+                info = writer.finish()
+                writer.publish()
+    return info
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vocab_size", [300, 70000])
+def test_a_writer_that_was_stopped_goes_on(tmp_path, masked, vocab_size):
+    (tmp_path / "whole").mkdir()
+    whole = in_parts(tmp_path / "whole", [], masked, vocab_size)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(files) == len(whole["shards"]) * (1 + masked) > 9
+    for i, stops in enumerate(([2], [5], [3, 7, 8], [4, 6, 9, 12, 15], [10], [11, 13])):
+        (tmp_path / f"{i}").mkdir()
+        assert in_parts(tmp_path / f"{i}", stops, masked, vocab_size) == whole
+        assert {path.name: path.read_bytes() for path in (tmp_path / f"{i}").iterdir()} == files
+    (tmp_path / "bad").mkdir()
+    with tokens.ShardWriter(tmp_path / "bad", "train", vocab_size, 7) as writer:
+        writer.add(np.arange(3), 3, mask=np.ones(3) if masked else None)
+        state = writer.state()
+    path = tmp_path / "bad" / f"train_000000.{'mask' if masked else 'bin'}.tmp"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{path.name}: is not what its preparation left.*remove"):
+        tokens.ShardWriter(tmp_path / "bad", "train", vocab_size, 7, state)
+
+
+def test_masks_that_are_written_are_read(tmp_path):
+    in_parts(tmp_path, [4, 9], masked=True)
+    reader, rng = TokenReader(f"{tmp_path}", "train"), np.random.default_rng(3)
+    ids, marks = rng.integers(0, 300, 60), rng.integers(0, 2, 60)
+    masks, rows = (read(np.array([0]), reader.tokens)[0] for read in (reader.masks, reader.rows))
+    documents = rows == 300
+    assert rows[~documents].tolist() == ids.tolist()
+    assert masks[~documents].tolist() == (marks == 1).tolist() and not masks[documents].any()
+    header = np.frombuffer((tmp_path / "train_000000.mask").read_bytes()[:1024], "<i4")
+    assert header.tolist() == [20241121, 1, 7, *[0] * 253]
+    assert reader.masks(np.array([5]), 20)[0].tolist() == masks[5:25].tolist()
+    with pytest.raises(AssertionError, match="for all or none"), \
+            tokens.ShardWriter(tmp_path, "val", 300, 7) as writer:
+        writer.add(np.arange(3), 3)
+        writer.add(np.arange(3), 3, mask=np.ones(3))
 
 
 def test_llm_c_s_ready_made_files_are_read(ready_made):
