@@ -26,6 +26,12 @@ def run(main, base=None, more_defaults=None, argv=None):
         main(**configure(main, sys.argv[1:] if argv is None else argv, base, more_defaults))
     except (KeyboardInterrupt, BrokenPipeError):  # stopped by Ctrl-C, or by `| head`
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:  # torch's two are RuntimeErrors
+        if not re.search("MemoryError|OutOfMemory|can't allocate", f"{type(error)} {error}"):
+            raise
+        print("error: out of memory; lower batch_size, block_size or the size of the model "
+              f"({' '.join(str(error).split())[:100]})", file=sys.stderr, flush=True)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
         if not getattr(error, "errno", None) and raised_in != Path(__file__).resolve().parent:

@@ -7,6 +7,8 @@ said in one line. Needs torch alone.
 import hashlib
 import os
 import re
+import signal
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -65,6 +67,14 @@ class Runtime:
             dist.all_reduce(tensor)  # SUM: gloo has no average
         return tensor
 
+    def agree(self, number):
+        """Return the largest of all processes' numbers. Between CPUs: the GPU does not wait."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.item()
+
     def wrap(self, model):
         """Return the model for training: DistributedDataParallel where there are processes."""
         if self.world_size == 1:
@@ -100,7 +110,8 @@ def setup(device="auto", dtype="auto", backend="auto"):
         if backend == "nccl" and device.type != "cuda":
             raise ValueError(f"backend='nccl' needs CUDA, the device is {device.type}; "
                              "use --backend=gloo or auto")
-        dist.init_process_group(backend)
+        # with NCCL gloo too, for what the processes agree on without their GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend)
     return Runtime(device, dtype, rank, local_rank, world_size)
 
 
@@ -169,6 +180,67 @@ def compile_model(model, choice, runtime):
         runtime.say(f"compile: off, a probe failed ({cause})")
         return model
     return torch.compile(model)
+
+
+class Signals:
+    """While entered, SIGINT, SIGTERM and SIGUSR1 are a wish that the training loop looks at between
+    two iterations; a second SIGINT or SIGTERM ends the process at once.
+
+    wish: 0, or the number of the signal that came last.
+    """
+    STOP = (signal.SIGINT, signal.SIGTERM)
+    SAVE = getattr(signal, "SIGUSR1", 0)  # not on Windows
+
+    def __init__(self):
+        self.wish, self.before = 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # only it may
+            for number in filter(None, (*self.STOP, self.SAVE)):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if number in self.STOP:
+            self.wish = number
+            for other in self.STOP:
+                signal.signal(other, signal.SIG_DFL)
+        self.wish = self.wish or number
+
+    def saved(self):
+        """Forget a wish to save, once it is fulfilled."""
+        self.wish = 0 if self.wish == self.SAVE else self.wish
+
+
+def memory_needed(model, batch_size, dtype):
+    """Return an estimate of the bytes that training holds at its peak: (weights, gradients and
+    AdamW's two moments, with autocast's copies; what a micro-step keeps for its backward pass).
+
+    Per token and layer about 17 numbers of the model's width (Korthikanti et al. 2022, "Reducing
+    Activation Recomputation", without attention's matrix, which is never whole), and per token the
+    float32 log-softmax of the logits and its gradient.
+    """
+    config, half = model.config, dtype != torch.float32
+    state = (18 if half else 16) * sum(p.numel() for p in model.parameters())
+    width, logits = (38, 10) if half else (68, 8)  # bytes, half: some of them float32 all the same
+    tokens = batch_size * config.block_size
+    return state, tokens * (width * config.n_layer * config.n_embd + logits * config.vocab_size)
+
+
+def memory_there(device):
+    """Return the bytes of the device's memory that are free or ours, or None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def peak_flops(runtime):

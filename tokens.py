@@ -266,7 +266,11 @@ class TokenReader:
             width, offset = self.dtype.itemsize, self.offsets[index]
             if mask:
                 path, width, offset = path.with_suffix(".mask"), 1, 4 * HEADER
-            file = self.open(path)
+            try:
+                file = self.open(path)
+            except OSError as error:
+                raise ValueError(f"{path}: {error.strerror}; it was there at the start, prepare "
+                                 "the dataset again") from error
             file.seek(offset + inside * width)
             if len(piece := file.read(part * width)) < part * width:
                 raise ValueError(f"{path}: ends before token {inside + part:,}; it was cut short "

@@ -9,35 +9,54 @@ Writes out/<run>/: metrics.jsonl, loss.png, checkpoints iter_000250/, and `lates
 name one of them. A run is the same on one process or eight, in one go or resumed.
 """
 
-import json
 import math
 import os
-import shutil
-import subprocess
+import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from configurator import run
-from model import GPT, IGNORE, GPTConfig, find_checkpoint, load_model, save_weights
+from checkpoint import (
+    check_resumed,
+    draw_loss,
+    last_whole,
+    load_trainer,
+    open_run,
+    read_meta,
+    save_checkpoint,
+    saved,
+    verify,
+)
+from configurator import as_type_of, run
+from model import GPT, IGNORE, GPTConfig, find_checkpoint, load_model
 from optim import adamw, lr_at
-from runtime import compile_model, describe, peak_flops, seed_for, setup
+from runtime import (
+    Signals,
+    compile_model,
+    describe,
+    memory_needed,
+    memory_there,
+    peak_flops,
+    seed_for,
+    setup,
+)
 from tokenizer import Tokenizer, load_tokenizer
-from tokens import Mixture, load_json, parse_mix, write_aside
+from tokens import Mixture, parse_mix
 
 MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
 NOT_RESUMED = ("out_dir", "init_from", "eval_only")  # settings that a resumed run gives anew
+DATA_FAULT = 99  # what processes agree on beside signals, whose numbers are smaller
+HALVINGS = 32  # updates that float16's scaler may skip until its scale, from 2**16, is no cause
 
 
 def main(
     # run
     out_dir="",  # where the run goes ('': out/<dataset>, or out/<a>+<b>)
-    init_from="scratch",  # scratch, resume, a checkpoint's folder, gpt2, gpt2-medium, -large, -xl
+    init_from="scratch",  # scratch, resume, auto (which of them), a checkpoint's folder, gpt2, ...
     max_iters=600000,  # iterations (optimizer updates) in all
     eval_interval=2000,  # iterations between evaluations, each with a checkpoint
     eval_iters=200,  # an evaluation reads eval_iters * batch_size sequences, the same each time
@@ -45,6 +64,7 @@ def main(
     log_interval=1,  # iterations between log lines
     always_save_checkpoint=True,  # save also where the validation loss is not the best so far
     keep_checkpoints=2,  # the newest that are kept, beside the best
+    max_bad_steps=10,  # updates in a row that are not numbers, and so skipped, before it stops
     seed=1337,  # of the first weights, the data order and dropout, each on its own
     # weights and biases
     wandb_log=False,  # log there too
@@ -79,7 +99,8 @@ def main(
     dtype="auto",  # of matrix products: bfloat16 where native, else float32; float16
     compile="auto",  # torch.compile: True, False; auto: on CUDA, where it works
 ):
-    config = dict(locals())
+    config = resolve(dict(locals()))
+    asked, init_from = dict(config), config["init_from"]
     check(config)
     runtime = setup(device, dtype, backend)
     micro_steps = split_batch(config, runtime.world_size)
@@ -87,70 +108,103 @@ def main(
     train_data, val_data = (Mixture(parse_mix(mix, dataset), split, block_size)
                             for split in ("train", "val"))
     run_dir = run_folder(config)
-    model, tokenizer, before = make_model(config)
+    place, news = last_whole(run_dir) if init_from == "resume" else (None, [])
+    model, tokenizer, before = make_model(config, place)
+    if before and not eval_only:
+        news += check_resumed(before, config, tokens_per_iter, train_data.shards, place)
     model.to(runtime.device)
     optimizer = adamw(model, learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    if init_from == "resume":
-        load_trainer(find_checkpoint(run_dir), optimizer, scaler)
+    if before:
+        load_trainer(place, optimizer, scaler)
     wrapped = compile_model(runtime.wrap(model), compile, runtime)
     record = open_run(run_dir, config, before, runtime)
-    runtime.say(f"{describe(runtime)}\nmodel: {model.parameter_count():,} parameters, vocabulary "
-                f"{model.config.vocab_size:,}\ndata: {train_data.folder}, {train_data.tokens:,} "
-                f"tokens, {tokens_per_iter:,} per iteration\nrun: {run_dir}")
+    runtime.say("\n".join([
+        describe(runtime), f"model: {model.parameter_count():,} parameters, vocabulary "
+        f"{model.config.vocab_size:,}", memory_line(model, config, runtime),
+        f"data: {train_data.folder}, {train_data.tokens:,} tokens, {tokens_per_iter:,} per "
+        "iteration", f"run: {run_dir}", *news]))
 
     iter_num, best_val_loss = before.get("iter_num", 0), before.get("best_val_loss", math.inf)
     if before and iter_num >= max_iters and not eval_only:
         runtime.say(f"{run_dir} is already at iteration {iter_num} of max_iters={max_iters}; "
                     "raise --max_iters to go on")
-    first_iter, batches, began = iter_num, None, None
+    first_iter, saved_at, evaluated = iter_num, iter_num, "val_loss" in before
+    bad = torch.tensor(before.get("bad_steps", [0, 0]), dtype=torch.float32, device=runtime.device)
+    batches = began = fault = norm_mean = None
     clock, since_clock = time.perf_counter(), 0  # and the iterations since
-    while True:
-        due = iter_num % eval_interval == 0 or iter_num == max_iters
-        if eval_only or due and iter_num != before.get("iter_num"):
-            row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter,
-                   **validate(wrapped, model.config, val_data, eval_iters * batch_size, batch_size,
-                              runtime)}
-            val_loss = row["val_loss"]
-            record(row)
-            runtime.say(f"step {iter_num}: " + ", ".join(
-                f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val")))
-            is_best = iter_num > 0 and val_loss < best_val_loss  # of what was trained, and saved
-            best_val_loss = val_loss if is_best else best_val_loss
-            if runtime.is_main and not eval_only:
-                if iter_num and (is_best or always_save_checkpoint or iter_num == max_iters):
+    with Signals() as signals:
+        while True:
+            row, is_best, save = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}, False, 0
+            due = not evaluated and (iter_num % eval_interval == 0 or iter_num == max_iters)
+            if eval_only or due and not fault:
+                losses, fault = read(runtime.world_size > 1, validate, wrapped, model.config,
+                                     val_data, eval_iters * batch_size, config["batch_size"],
+                                     runtime)
+                evaluated, row = True, {**row, **(losses or {})}
+            if "val_loss" in row:
+                record(row)
+                runtime.say(f"step {iter_num}: " + ", ".join(
+                    f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val")))
+                is_best = iter_num > 0 and row["val_loss"] < best_val_loss  # trained, and saved
+                best_val_loss = row["val_loss"] if is_best else best_val_loss
+                save = iter_num and (is_best or always_save_checkpoint or iter_num == max_iters)
+            wish = runtime.agree(DATA_FAULT if fault else signals.wish)  # the same on all processes
+            if (save or wish and iter_num > saved_at) and not eval_only:
+                if runtime.is_main:
                     save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, {
                         **row, "iter_num": iter_num, "best_val_loss": best_val_loss,
-                        "config": config, "shards": train_data.shards}, is_best, keep_checkpoints)
+                        "bad_steps": bad.tolist(), "config": asked, "shards": train_data.shards},
+                        is_best, keep_checkpoints)
+                saved_at = iter_num
+            if "val_loss" in row and runtime.is_main and not eval_only:
                 draw_loss(run_dir)
-            clock, since_clock = time.perf_counter(), 0
-        if eval_only or iter_num >= max_iters:
-            break
+            if wish or "val_loss" in row:
+                clock, since_clock = time.perf_counter(), 0
+            if eval_only and not fault or iter_num >= max_iters:
+                break
+            if wish:
+                obey(wish, fault, signals, run_dir, iter_num, runtime)
 
-        lr = lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr \
-            else learning_rate
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(seed_for(seed, "dropout", iter_num, runtime.rank))
-        began = began or time.perf_counter()
-        batches = batches or load_batches(train_data, iter_num, micro_steps, config, model, runtime)
-        loss, grad_norm = train_step(wrapped, optimizer, scaler, batches, grad_clip, runtime)
-        # on a GPU the step is still under way while the next tokens are read
-        batches = (load_batches(train_data, iter_num + 1, micro_steps, config, model, runtime)
-                   if iter_num + 1 < max_iters else None)
-        since_clock += 1
-        if iter_num % log_interval == 0:
-            loss, grad_norm = runtime.sum(loss).item(), grad_norm.item()  # waits for the device
-            now = time.perf_counter()
-            seconds, clock, since_clock = (now - clock) / since_clock, now, 0
-            row = {"iter": iter_num, "tokens": (iter_num + 1) * tokens_per_iter, "loss": loss,
-                   "grad_norm": grad_norm, "lr": lr, "ms": 1000 * seconds,
-                   "tokens_per_s": tokens_per_iter / seconds,
-                   **mfu(model, tokens_per_iter / seconds, runtime)}
-            record(row)
-            left = (now - began) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1)
-            runtime.say(log_line(row, max_iters, left))
-        iter_num += 1
+            lr = lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) \
+                if decay_lr else learning_rate
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(seed_for(seed, "dropout", iter_num, runtime.rank))
+            began = began or time.perf_counter()
+            batches = batches or load_batches(train_data, iter_num, micro_steps, config, model,
+                                              runtime)
+            try:
+                loss, grad_norm = train_step(wrapped, optimizer, scaler, batches, grad_clip,
+                                             runtime)
+            except torch.OutOfMemoryError as error:
+                micro_steps = smaller_batch(config, micro_steps, iter_num - first_iter, error,
+                                            runtime)
+                optimizer.zero_grad(set_to_none=True)
+                batches = None
+                continue
+            bad = count_bad(bad, loss, grad_norm, scaler)
+            # on a GPU the step is still under way while the next tokens are read
+            batches, fault = read(False, load_batches, train_data, iter_num + 1, micro_steps,
+                                  config, model, runtime) if iter_num + 1 < max_iters else (0, 0)
+            since_clock += 1
+            if iter_num % log_interval == 0:
+                loss, norm, skipped, streak = torch.stack([loss, grad_norm, *bad]).tolist()  # waits
+                now = time.perf_counter()
+                seconds, clock, since_clock = (now - clock) / since_clock, now, 0
+                row = {"iter": iter_num, "tokens": (iter_num + 1) * tokens_per_iter, "loss": loss,
+                       "grad_norm": norm, "lr": lr, "ms": 1000 * seconds,
+                       "tokens_per_s": tokens_per_iter / seconds,
+                       **mfu(model, tokens_per_iter / seconds, runtime),
+                       **({"bad_steps": int(skipped)} if skipped else {})}
+                record(row)
+                if math.isfinite(norm):
+                    norm_mean = norm if norm_mean is None else 0.98 * norm_mean + 0.02 * norm
+                left = (now - began) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1)
+                runtime.say(log_line(row, norm_mean, max_iters, left))
+                if streak >= max_bad_steps + (HALVINGS if scaler.is_enabled() else 0):
+                    raise ValueError(stop_of_bad_steps(streak, iter_num, run_dir))
+            iter_num, evaluated = iter_num + 1, False
     runtime.close()
 
 
@@ -159,8 +213,8 @@ def main(
 
 def check(config):
     """Raise ValueError for a number that no run can have."""
-    for key in ("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "batch_size",
-                "block_size", "gradient_accumulation_steps"):
+    for key in ("max_bad_steps", "eval_interval", "eval_iters", "log_interval", "keep_checkpoints",
+                "batch_size", "block_size", "gradient_accumulation_steps"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]}: must be 1 or more")
     for key in ("max_iters", "total_batch_size", "learning_rate", "min_lr", "weight_decay",
@@ -203,27 +257,42 @@ def names_gpt2(init_from):
     return init_from.startswith("gpt2") and not Path(init_from).is_dir()
 
 
+def resolve(config):
+    """Return the config with init_from='auto' as what it means: resume where there is something to
+    resume, else scratch. So one command line begins a run and restarts it."""
+    if config["init_from"] != "auto":
+        return config
+    run_dir = run_folder(config)
+    begun = (run_dir / "latest").is_file() or bool(saved(run_dir))
+    return {**config, "init_from": "resume" if begun else "scratch"}
+
+
 def checkpoint_defaults(settings):
     """Return the settings that init_from brings: below the command line, above the defaults.
 
     A resumed run has its own settings, a checkpoint or GPT-2 its sizes.
     """
-    init_from = settings["init_from"]
+    init_from = resolve(settings)["init_from"]
     if init_from == "resume":
-        meta = load_json(find_checkpoint(run_folder(settings)) / "meta.json")
-        return {k: v for k, v in meta["config"].items() if k in settings and k not in NOT_RESUMED}
+        place, _ = last_whole(run_folder(settings))
+        return {key: as_type_of(settings[key], value, f"{place}: {key}={value}")
+                for key, value in read_meta(place).get("config", {}).items()
+                if key in settings and key not in NOT_RESUMED}
     if names_gpt2(init_from):
         from hf import gpt2_sizes
 
         return gpt2_sizes(init_from)
     if init_from != "scratch":
-        sizes = load_json(find_checkpoint(init_from, "best") / "meta.json")["model"]
-        return {k: v for k, v in sizes.items() if k in MODEL_KEYS and k != "dropout"}
+        place = find_checkpoint(init_from, "best")
+        return {key: as_type_of(settings[key], value, f"{place}: {key}={value}")
+                for key, value in read_meta(place)["model"].items()
+                if key in MODEL_KEYS and key != "dropout"}
     return {}
 
 
-def make_model(config):
+def make_model(config, place):
     """Return (model on the CPU, its tokenizer, meta.json of the checkpoint that is resumed or {}).
+    place: that checkpoint, or None.
 
     Raises ValueError where the checkpoint has another size or another vocabulary than the run.
     """
@@ -240,10 +309,9 @@ def make_model(config):
 
         model, its_tokenizer, place = *load_gpt2(init_from, config["dropout"]), init_from
     else:
-        place = (find_checkpoint(run_folder(config)) if init_from == "resume"
-                 else find_checkpoint(init_from, "best"))
+        before = read_meta(place) if place else {}
+        place = place or verify(find_checkpoint(init_from, "best"))
         model, its_tokenizer = load_model(place, config["dropout"]), Tokenizer.load(place)
-        before = load_json(place / "meta.json") if init_from == "resume" else {}
     if its_tokenizer.spec != tokenizer.spec:
         raise ValueError(
             f"{place} was trained with the tokenizer {its_tokenizer.kind} "
@@ -261,58 +329,85 @@ def make_model(config):
     return model, tokenizer, before
 
 
+def memory_line(model, config, runtime):
+    """Return what the run needs and what there is, in a line. An estimate refuses nothing."""
+    state, kept = memory_needed(model, config["batch_size"], runtime.dtype)
+    there = memory_there(runtime.device)
+    tight = there is not None and state + kept > there
+    return (f"memory: about {(state + kept) / 1e9:.2f} GB ({state / 1e9:.2f} weights, gradients "
+            f"and optimizer, {kept / 1e9:.2f} activations)"
+            + (f" of {there / 1e9:.1f}" if there else "")
+            + ("; that is too little: lower batch_size, block_size or the model" if tight else ""))
+
+
 def padded(vocab_size):
     """Round a large vocabulary up to a multiple of 128, which matrix units multiply faster."""
     return vocab_size if vocab_size < 1024 else -(-vocab_size // 128) * 128
 
 
-def open_run(run_dir, config, before, runtime):
-    """Prepare the run's folder; return record(row), which writes a row of metrics.
-
-    An earlier run in the folder is moved aside. A resumed run forgets the metrics that were
-    written after its checkpoint: it will write them again.
-    """
-    if not runtime.is_main or config["eval_only"]:
-        return lambda row: None
-    path, kept, wandb_run = run_dir / "metrics.jsonl", [], None
-    if before:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            row = json.loads(line) if line.endswith("}") else {"iter": math.inf}
-            if row["iter"] < before["iter_num"] + ("val_loss" in row):
-                kept.append(line + "\n")
-    elif (run_dir / "latest").is_file():
-        number = next(n for n in range(1, 10**6) if not Path(f"{run_dir}.{n}").exists())
-        os.replace(run_dir, f"{run_dir}.{number}")
-        runtime.say(f"{run_dir} held an earlier run, which is now {run_dir}.{number}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_aside(path, "".join(kept))
-    if config["wandb_log"]:
-        wandb_run = start_wandb(run_dir, config)
-
-    def record(row):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if wandb_run:
-            wandb_run.log(row, step=row["iter"])
-
-    return record
+# ---------------------------------------------------------------------- what stops a run
 
 
-def start_wandb(run_dir, config):
-    """Return the Weights & Biases run; a resumed run goes on in the same curve."""
-    id_path = run_dir / "wandb_id"
-    wandb_id = id_path.read_text(encoding="utf-8") if id_path.is_file() else None
+def read(at_once, function, *args):
+    """Return (function(*args), None), or (None, its error) where the data cannot be read, so that a
+    checkpoint can be saved first. at_once: raise it, because other processes wait in `function`."""
     try:
-        import wandb
+        return function(*args), None
+    except (ValueError, OSError) as error:
+        if at_once:
+            raise
+        return None, error
 
-        wandb_run = wandb.init(project=config["wandb_project"], config=config, dir=run_dir,
-                               name=config["wandb_run_name"] or run_dir.name,
-                               id=wandb_id, resume="allow" if wandb_id else None)
-    except Exception as error:  # not installed, not logged in, not reached
-        raise ValueError(f"wandb_log=True does not work here ({error}); log in with `wandb login`, "
-                         "set WANDB_MODE=offline, or leave it out") from error
-    write_aside(id_path, wandb_run.id)
-    return wandb_run
+
+def obey(wish, fault, signals, run_dir, iter_num, runtime):
+    """Do what a signal wishes, or end because of a fault of the data, once it is saved."""
+    runtime.agree(0)  # no process leaves while the main one is still writing
+    go_on = f"go on with --init_from=resume --out_dir={run_dir}" if iter_num else "nothing to save"
+    if wish == DATA_FAULT:
+        why = fault or "another process could not read its data"
+        raise ValueError(f"{why} (stopped at iteration {iter_num}: {go_on})") from fault
+    runtime.say(f"{signal.Signals(wish).name}: saved at iteration {iter_num}"
+                + (f"; {go_on}" if wish in signals.STOP else ""))
+    if wish in signals.STOP:
+        runtime.close()
+        sys.exit(128 + wish)
+    signals.saved()
+
+
+def smaller_batch(config, micro_steps, done, error, runtime):
+    """Divide batch_size by its smallest factor, 2 where it is even; return so many times more
+    micro-steps. Raises ValueError where that is no way out."""
+    size = config["batch_size"]
+    if done > 2 or size == 1 or runtime.world_size > 1:  # other processes wait for this one's sums
+        raise ValueError(f"out of memory with batch_size={size}, "
+                         f"block_size={config['block_size']}: lower "
+                         "batch_size (total_batch_size keeps the tokens per iteration), "
+                         "block_size, n_layer or n_embd") from error
+    factor = next(n for n in range(2, size + 1) if size % n == 0)
+    config["batch_size"] = size // factor
+    runtime.say(f"out of memory with batch_size={size}: going on with {size // factor}, and "
+                f"{micro_steps * factor} micro-steps instead of {micro_steps}: the same iterations")
+    return micro_steps * factor
+
+
+def count_bad(bad, loss, grad_norm, scaler):
+    """Return (2,) on the device: updates skipped because they were not numbers, and those in a row.
+
+    float16's scaler skips some to find its scale: those count in the row, and not in the sum.
+    """
+    of_loss = ~torch.isfinite(loss)
+    skipped = of_loss | ~torch.isfinite(grad_norm)
+    return torch.stack([bad[0] + (of_loss if scaler.is_enabled() else skipped),
+                        (bad[1] + 1) * skipped])
+
+
+def stop_of_bad_steps(streak, iter_num, run_dir):
+    latest = run_dir / "latest"
+    last = latest.read_text("utf-8").strip() if latest.is_file() else ""
+    return (f"{streak:.0f} updates in a row up to iteration {iter_num} had a loss or a gradient "
+            "that is not a number, and were skipped; "
+            + (f"the last good checkpoint is {run_dir / last}" if last else "no checkpoint yet")
+            + "; lower learning_rate, or raise max_bad_steps")
 
 
 # ---------------------------------------------------------------------- the iteration
@@ -351,8 +446,7 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
 
     The loss is per target token: each micro-step's sum is divided by the number of targets over
     all micro-steps and processes, so that neither accumulation nor masks bias it; without any
-    target it is 0. The loss returned is this process's share: the sum over processes is the
-    iteration's.
+    target it is 0. An update whose loss or gradient is not a number changes nothing.
     """
     count = runtime.sum(sum((targets != IGNORE).sum() for _, targets in batches)).clamp(min=1)
     loss = torch.zeros((), device=runtime.device)
@@ -366,10 +460,24 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
         loss += share.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
+    loss = runtime.sum(loss)  # so that all processes skip the same updates
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        step_if(torch.isfinite(loss) & torch.isfinite(grad_norm), optimizer)
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
+
+
+def step_if(good, optimizer):
+    """Do the update where `good`, a bool on the device, says so. A fused AdamW reads it there, as
+    it reads the GradScaler's flag; another optimizer waits for the device."""
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = (~good).float()
+        optimizer.step()
+    elif good.item():
+        optimizer.step()
 
 
 def validate(model, config, data, sequences, batch_size, runtime):
@@ -428,87 +536,20 @@ def mfu(model, tokens_per_s, runtime):
     return {"mfu": achieved / peak} if peak else {}
 
 
-def log_line(row, max_iters, left):
+def log_line(row, norm_mean, max_iters, left):
     share = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
     minutes, seconds = divmod(round(left), 60)
     return (f"iter {row['iter']:>{len(str(max_iters))}}/{max_iters} | loss {row['loss']:.4f} | "
-            f"norm {row['grad_norm']:.3f} | lr {row['lr']:.2e} | {row['ms']:.1f} ms | "
-            f"{row['tokens_per_s']:,.0f} tok/s{share} | "
+            f"norm {row['grad_norm']:.3f} (mean {norm_mean or math.nan:.3f}) | "
+            f"lr {row['lr']:.2e} | {row['ms']:.1f} ms | {row['tokens_per_s']:,.0f} tok/s{share} | "
             f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
-
-
-def save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, meta, is_best, keep):
-    """Write a checkpoint aside, rename it, point `latest` (and `best`) at it, drop old ones."""
-    folder = run_dir / f"iter_{meta['iter_num']:06d}"
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save_weights(model, aside)
-    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
-               aside / "trainer.pt")
-    tokenizer.save(aside)
-    meta = {"model": asdict(model.config), **meta, "commit": git_commit(),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-    write_aside(aside / "meta.json", json.dumps(meta, indent=1) + "\n")
-    for path in aside.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    for pointer in ("latest", "best") if is_best else ("latest",):
-        write_aside(run_dir / pointer, folder.name + "\n")
-    best = run_dir / "best"  # not there while every validation loss was NaN
-    kept = {folder.name, best.read_text(encoding="utf-8").strip() if best.is_file() else ""}
-    saved = [path for path in run_dir.glob("iter_*") if path.name[5:].isdigit()]
-    for old in sorted(saved, key=lambda path: int(path.name[5:]))[:-keep]:
-        if old.name not in kept:
-            shutil.rmtree(old)
-
-
-def load_trainer(folder, optimizer, scaler):
-    """Load the optimizer's and the scaler's state from a checkpoint's folder."""
-    try:
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
-
-
-def git_commit():
-    """Return the commit of this code, or '' where it is not a git checkout."""
-    try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def draw_loss(run_dir):
-    """Draw loss.png: the training and the validation loss of metrics.jsonl over the iterations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [json.loads(line) for line in open(run_dir / "metrics.jsonl", encoding="utf-8")]
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(row["iter"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="iteration", ylabel="loss, nats per token", title=run_dir.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run_dir / "loss.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 if __name__ == "__main__":
     small, given = str(Path(__file__).parent / "config" / "train_stdlib.py"), sys.argv[1:]
     if all(arg.startswith("--") and arg != "--help" for arg in given) \
-            and "--init_from=resume" not in given and os.environ.get("RANK", "0") == "0":
+            and not {"--init_from=resume", "--init_from=auto"} & set(given) \
+            and os.environ.get("RANK", "0") == "0":
         print(f"no config file given: GPT-2 124M's settings, as in nanoGPT; a small one is {small}"
               if given else f"no settings given: taking {small}")
     run(main, more_defaults=checkpoint_defaults, argv=given or [small])

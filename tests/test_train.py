@@ -444,7 +444,8 @@ def test_a_checkpoint_says_where_it_comes_from(tmp_path, dataset):
     do_run(tmp_path / "run", dataset, max_iters=1)
     folder = tmp_path / "run" / "iter_000001"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "meta.json", "model.safetensors", "tokenizer.json", "trainer.pt"]
+        "SHA256SUMS", "meta.json", "model.safetensors", "tokenizer.json", "trainer.pt"]
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["model"]["n_embd"] == 21 and meta["config"]["learning_rate"] == 1e-2
     assert meta["tokens"] == 13 * 2 * 3 and meta["versions"]["torch"] == torch.__version__

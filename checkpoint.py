@@ -1,0 +1,329 @@
+"""What a run leaves in its folder, and what a resumed run finds there.
+
+    out/<run>/iter_000250/   model.safetensors, trainer.pt, tokenizer.json, meta.json, SHA256SUMS
+    out/<run>/latest, best   which of them is the newest, and the one of the lowest validation loss
+    out/<run>/metrics.jsonl  a line per logged iteration; loss.png: drawn from it
+
+A checkpoint is whole or not there: it is written aside, every file and the folder are flushed to
+the disk, then it is renamed, `latest` and `best` are switched, and only then old ones removed.
+`sha256sum -c SHA256SUMS` checks one by hand. Nothing here is a pickle that could run code.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from model import find_checkpoint, save_weights
+from tokens import load_json, parse_mix, write_aside
+
+SUMS = "SHA256SUMS"
+KEEPS_THE_RUN = {  # settings that a resumed run may change and compute the same
+    "max_iters", "eval_interval", "log_interval", "always_save_checkpoint", "keep_checkpoints",
+    "max_bad_steps", "wandb_log", "wandb_project", "wandb_run_name"}
+ROUNDS_ANEW = {  # and the same but for the order of floating-point sums
+    "batch_size", "gradient_accumulation_steps", "total_batch_size", "device", "dtype", "compile",
+    "backend"}
+
+
+def save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, meta, is_best, keep):
+    """Write a checkpoint aside, rename it, point `latest` (and `best`) at it, drop old ones.
+
+    Returns its folder. Raises ValueError where it cannot be written: the one before is intact.
+    """
+    folder = run_dir / f"iter_{meta['iter_num']:06d}"
+    aside, replaced = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    meta = {"model": asdict(model.config), **meta, "commit": git_commit(),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(folder, "the checkpoints before it are as they were; make room, then go on "
+                             "with --init_from=resume"):
+            aside.mkdir()
+            save_weights(model, aside)
+            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
+                       aside / "trainer.pt")
+            tokenizer.save(aside)
+            write_aside(aside / "meta.json", json.dumps(meta, indent=1) + "\n")
+            files = sorted(aside.iterdir())
+            write_aside(aside / SUMS, "".join(f"{hash_of(p)}  {p.name}\n" for p in files))
+            for path in (*files, aside, run_dir / "metrics.jsonl"):
+                flush(path)
+            if folder.exists():  # left by a kill before `latest` named it, or damaged
+                os.replace(folder, replaced)
+            os.replace(aside, folder)
+            flush(run_dir)
+            for pointer in ("latest", "best") if is_best else ("latest",):
+                write_aside(run_dir / pointer, folder.name + "\n")
+            flush(run_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    best = run_dir / "best"  # not there while every validation loss was NaN
+    kept = {folder.name, best.read_text("utf-8", "replace").strip() if best.is_file() else ""}
+    for old in [*saved(run_dir)[:-keep], *run_dir.glob("iter_*.old"), *run_dir.glob("iter_*.tmp")]:
+        if old.name not in kept:
+            shutil.rmtree(old)
+    return folder
+
+
+@contextmanager
+def writing(path, remedy="make room, then go on with --init_from=resume"):
+    """Name what could not be written: the error of a full disk does not say it itself."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch.save have errors of their own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def flush(path):
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows flushes no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_of(path):
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            sha256.update(piece)
+    return sha256.hexdigest()
+
+
+def saved(run_dir):
+    """Return a run's checkpoint folders, the newest last."""
+    found = [path for path in run_dir.glob("iter_*") if re.fullmatch("[0-9]+", path.name[5:])]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def git_commit():
+    """Return the commit of this code, or '' where it is not a git checkout."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+# ---------------------------------------------------------------------- finding one, loading it
+
+
+def last_whole(run_dir):
+    """Return (the newest whole checkpoint that `latest` does not come before, one line per damaged
+    one that was passed over). Raises ValueError where there is none."""
+    if (run_dir / "model.safetensors").is_file():  # a checkpoint's own folder: that one or none
+        return verify(run_dir), []
+    passed, folders = [], saved(run_dir)
+    try:
+        newest = find_checkpoint(run_dir)
+        folders = folders[:folders.index(newest) + 1] if newest in folders else [newest]
+    except ValueError as error:
+        if not folders:
+            raise
+        passed.append(str(error).split(";")[0])
+    for folder in reversed(folders):
+        try:
+            return verify(folder), [f"{why}; going on from {folder.name}" for why in passed]
+        except ValueError as error:
+            passed.append(str(error))
+    raise ValueError(f"{'; '.join(passed)}: no checkpoint before it is whole; start again with "
+                     "--init_from=scratch")
+
+
+def verify(folder):
+    """Return the checkpoint's folder. Raises ValueError where a file is missing or another than
+    the one that was saved. Folders without SHA256SUMS (hf.py's) are checked as they are loaded."""
+    sums = folder / SUMS
+    for line in sums.read_text("utf-8", "replace").splitlines() if sums.is_file() else ():
+        wanted, _, name = line.partition("  ")
+        path = folder / (Path(name).name or "?")
+        if not path.is_file():
+            raise ValueError(f"{folder} is damaged: {path.name} is missing")
+        if hash_of(path) != wanted:
+            raise ValueError(f"{folder} is damaged: {path.name} is not the one that was saved")
+    read_meta(folder)
+    return folder
+
+
+def read_meta(folder):
+    """Return a checkpoint's meta.json. Raises ValueError where it is not one that we write."""
+    meta = load_json(folder / "meta.json")
+    config, bad_steps = meta.get("config", {}), meta.get("bad_steps", [0, 0])
+    for key, fits in (
+            ("model", isinstance(meta.get("model", {}), dict)),
+            ("config", isinstance(config, dict) and all(
+                isinstance(config.get(name, ""), str) for name in ("mix", "dataset"))),
+            ("iter_num", is_number(meta.get("iter_num", 0), int)),
+            ("tokens", is_number(meta.get("tokens", 0), int)),
+            ("best_val_loss", is_number(meta.get("best_val_loss", 0), float)),
+            ("bad_steps", isinstance(bad_steps, list) and len(bad_steps) == 2
+             and all(is_number(value, float) for value in bad_steps)),
+            ("shards", isinstance(meta.get("shards", []), list)
+             and all(isinstance(shard, dict) for shard in meta.get("shards", [])))):
+        if not fits:
+            raise ValueError(f"{folder / 'meta.json'}: damaged, {key} is {meta[key]!r:.50}")
+    if "model" not in meta:
+        raise ValueError(f"{folder / 'meta.json'}: not a checkpoint's, it has no model")
+    return meta
+
+
+def is_number(value, kind):
+    """Is it a number of that kind, 0 or more? A NaN is."""
+    kinds = (int,) if kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and not value < 0
+
+
+def load_trainer(folder, optimizer, scaler):
+    """Load the optimizer's and the scaler's state from a checkpoint's folder. What the command line
+    may change, the weight decay and the betas, stays the optimizer's own."""
+    own = [{key: value for key, value in group.items() if key != "params"}
+           for group in optimizer.param_groups]
+    try:
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        for p, values in optimizer.state.items():
+            for name, value in values.items():
+                if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
+                    raise ValueError(f"{name} is not of its parameter's size")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
+def check_resumed(before, config, tokens_per_iter, shards, place):
+    """Return one line per setting that a resumed run changes. Raises ValueError where the run's
+    place in its data would be lost, or the data are not the checkpoint's."""
+    new_run = "or begin a new run with these weights: --init_from=" + str(place)
+    old = before.get("config", {})
+    done = before.get("iter_num", 0)
+    had = before.get("tokens", 0) // done if done else tokens_per_iter
+    if had != tokens_per_iter:
+        raise ValueError(f"the run had {had:,} tokens per iteration and has {tokens_per_iter:,} "
+                         f"now, so its place in the data is lost; give --total_batch_size={had}, "
+                         + new_run)
+    if old.get("seed", config["seed"]) != config["seed"]:
+        raise ValueError(f"seed={config['seed']}, but the run has seed={old['seed']}, which is its "
+                         f"order of the data; leave seed out, {new_run}")
+    shares = [list(parse_mix(c["mix"], c["dataset"]).values()) for c in ({**config, **old}, config)]
+    if shares[0] != shares[1]:
+        raise ValueError(f"mix={config['mix']!r}, but the run has mix={old['mix']!r}; leave mix "
+                         f"out, {new_run}")
+    facts = [[[shard.get(key) for key in ("file", "tokens", "sha256")] for shard in some]
+             for some in (before.get("shards", []), shards)]
+    if facts[0] != facts[1]:
+        name = next((now or was)[0] for was, now in zip_longest(*facts) if was != now)
+        raise ValueError(f"{name} of {config['mix'] or config['dataset']} has changed since the "
+                         f"checkpoint {place} was written; prepare the dataset as it was, "
+                         + new_run)
+    lines = []
+    for key, value in config.items():
+        if key in old and old[key] != value and key not in ("out_dir", "init_from", "eval_only"):
+            means = ("safe" if key in KEEPS_THE_RUN else "the same up to rounding"
+                     if key in ROUNDS_ANEW else "another course from here on")
+            lines.append(f"changed since {place.name}: {key}={old[key]} is now {value} ({means})")
+    return lines
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def open_run(run_dir, config, before, runtime):
+    """Prepare the run's folder; return record(row), which writes a row of metrics.
+
+    An earlier run in the folder is moved aside. A resumed run forgets the metrics that were
+    written after its checkpoint: it will write them again.
+    """
+    if not runtime.is_main or config["eval_only"]:
+        return lambda row: None
+    path, kept, wandb_run = run_dir / "metrics.jsonl", [], None
+    if before:
+        done = before.get("iter_num", 0)
+        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["iter"] < done
+                or row["iter"] == done and "val_loss" in row and "val_loss" in before]
+    elif (run_dir / "latest").is_file():
+        number = next(n for n in range(1, 10**6) if not Path(f"{run_dir}.{n}").exists())
+        os.replace(run_dir, f"{run_dir}.{number}")
+        runtime.say(f"{run_dir} held an earlier run, which is now {run_dir}.{number}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_aside(path, "".join(kept))
+    if config["wandb_log"]:
+        wandb_run = start_wandb(run_dir, config)
+
+    def record(row):
+        row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON has no NaN
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if wandb_run:
+            wandb_run.log(row, step=row["iter"])
+
+    return record
+
+
+def read_metrics(path):
+    """Return the rows of metrics.jsonl; a line that a kill or a full disk cut short is left out."""
+    rows = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("iter"), int):
+                rows.append(row)
+    return rows
+
+
+def start_wandb(run_dir, config):
+    """Return the Weights & Biases run; a resumed run goes on in the same curve."""
+    id_path = run_dir / "wandb_id"
+    wandb_id = id_path.read_text("utf-8", "replace") if id_path.is_file() else None
+    if wandb_id and not re.fullmatch(r"[\w-]{1,64}", wandb_id.strip()):
+        raise ValueError(f"{id_path}: not the id of a run; remove the file")
+    try:
+        import wandb
+
+        wandb_run = wandb.init(project=config["wandb_project"], config=config, dir=run_dir,
+                               name=config["wandb_run_name"] or run_dir.name,
+                               id=wandb_id, resume="allow" if wandb_id else None)
+    except Exception as error:  # not installed, not logged in, not reached
+        raise ValueError(f"wandb_log=True does not work here ({error}); log in with `wandb login`, "
+                         "set WANDB_MODE=offline, or leave it out") from error
+    write_aside(id_path, wandb_run.id)
+    return wandb_run
+
+
+def draw_loss(run_dir):
+    """Draw loss.png: the training and the validation loss of metrics.jsonl over the iterations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(row["iter"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="iteration", ylabel="loss, nats per token", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with writing(run_dir / "loss.png"):
+        figure.savefig(run_dir / "loss.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)

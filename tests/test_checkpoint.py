@@ -1,0 +1,551 @@
+# ruff: noqa: F811 (fixtures that are imported)
+"""checkpoint.py and what stops a run: whole or not there, damage, full disks, signals, pickles."""
+
+import json
+import math
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import (  # noqa: F401
+    CPU,
+    ROOT,
+    TINY,
+    as_flags,
+    command_line,
+    dataset,
+    do_run,
+    losses_of,
+    made_of_words,
+    mix,
+    quick,
+    rows_of,
+    weights_of,
+)
+
+import checkpoint
+import train
+from model import GPT, GPTConfig
+from optim import adamw
+from runtime import Signals, memory_needed
+
+
+def same_end(a, b):
+    """Do two runs have the same metrics and last weights, to the last bit?"""
+    x, y = weights_of(a), weights_of(b)
+    return rows_of(a) == rows_of(b) and all(torch.equal(x[name], y[name]) for name in x)
+
+
+# ---------------------------------------------------------------------- whole or not there
+
+
+def test_every_file_is_flushed_before_latest_names_it(tmp_path, dataset, monkeypatch):
+    done, replaced, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(Path(b).name) or replaced(a, b))
+    monkeypatch.setattr(os, "fsync", lambda n: done.append(
+        Path(os.readlink(f"/proc/self/fd/{n}")).name) or fsync(n))
+    do_run(tmp_path / "run", dataset, max_iters=1)
+    last = len(done) - done[::-1].index("iter_000001") - 1
+    for name in ("model.safetensors", "trainer.pt", "tokenizer.json", "meta.json", "SHA256SUMS",
+                 "iter_000001.tmp", "metrics.jsonl"):
+        assert name in done[:last], name
+    assert "run" in done[last:done.index("latest")] and "run" in done[done.index("latest"):]
+
+
+@pytest.mark.parametrize("stops_at", ["save_weights", "tokenizer", "rename", "latest"])
+def test_a_save_that_is_killed_leaves_the_one_before(tmp_path, dataset, monkeypatch, stops_at):
+    do_run(tmp_path / "whole", dataset, eval_interval=5)
+    save = checkpoint.save_weights if stops_at == "save_weights" else os.replace
+
+    def killed(a, b):
+        target = Path(b) if stops_at != "save_weights" else Path(b).with_suffix("")
+        if {"save_weights": "iter_000010", "tokenizer": "tokenizer.json", "rename": "iter_000010",
+                "latest": "latest"}[stops_at] == target.name and "iter_000005" in str(
+                    (tmp_path / "run/latest").read_text() if (tmp_path / "run/latest").exists()
+                    else ""):
+            os._exit(9)
+        return save(a, b)
+
+    child = os.fork()
+    if not child:
+        if stops_at == "save_weights":
+            checkpoint.save_weights = killed
+        else:
+            os.replace = killed
+        do_run(tmp_path / "run", dataset, eval_interval=5)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / "run/latest").read_text() == "iter_000005\n"
+    do_run(tmp_path / "run", dataset, eval_interval=5, init_from="auto")
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.tmp")) + list((tmp_path / "run").glob("*.old"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "meta.json", "tokenizer.json",
+                                  "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+        tmp_path, dataset, capsys, name, damage):
+    whole = do_run(tmp_path / "run", dataset, max_iters=3, eval_interval=1)
+    path = tmp_path / "run/iter_000003" / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw if damage == "bit" else raw[:len(raw) // 2])
+    if damage == "gone":
+        path.unlink()
+    capsys.readouterr()
+    again = do_run(tmp_path / "run", dataset, max_iters=3, eval_interval=1, init_from="resume")
+    said = [line for line in capsys.readouterr().out.splitlines() if "iter_000003" in line]
+    if (name, damage) == ("SHA256SUMS", "gone"):
+        assert "already at iteration 3" not in said  # whole, and not checked
+    elif (name, damage) != ("SHA256SUMS", "cut"):
+        assert len(said) == 1 and "going on from iter_000002" in said[0], said
+    assert again == whole
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path, dataset, capsys):
+    do_run(tmp_path / "run", dataset, max_iters=1)
+    path = tmp_path / "run/iter_000001/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    flags = as_flags(**{**TINY, "out_dir": tmp_path / "next", "dataset": dataset})
+    for name in ("run", "run/iter_000001"):
+        assert command_line(*flags, f"--init_from={tmp_path / name}") == 2
+        error = capsys.readouterr().err
+        assert "is damaged: model.safetensors is not the one that was saved" in error
+    assert command_line(*flags, "--init_from=resume", f"--out_dir={tmp_path / 'run'}") == 2
+    assert "no checkpoint before it is whole" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_intact(tmp_path, dataset):
+    do_run(tmp_path / "whole", dataset, eval_interval=5)
+    limit = max(p.stat().st_size for p in (tmp_path / "whole/iter_000010").iterdir()) - 100
+    flags = as_flags(**{**TINY, "out_dir": tmp_path / "run", "dataset": dataset,
+                        "eval_interval": 5})
+    command = [sys.executable, "-c", "import train, configurator, sys; train.draw_loss = id;"
+               "configurator.run(train.main, more_defaults=train.checkpoint_defaults)", *flags]
+    first = subprocess.run([*command, "--max_iters=5"], cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    full = subprocess.run(
+        [*command, "--init_from=auto"], cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+    assert "iter_000010: cannot be written" in full.stderr and "make room" in full.stderr
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"iter_000005", "latest", "best", "metrics.jsonl"}
+    do_run(tmp_path / "run", dataset, eval_interval=5, init_from="auto")
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_metrics_line_cut_short_is_written_again(tmp_path, dataset):
+    do_run(tmp_path / "whole", dataset)
+    do_run(tmp_path / "run", dataset, max_iters=4)
+    with open(tmp_path / "run/metrics.jsonl", "ab") as file:
+        file.write(b'{"iter": 4, "loss"\xff: 2.\n[]\n{"iter": "x"}\n{"it')
+    do_run(tmp_path / "run", dataset, init_from="resume")
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+# ---------------------------------------------------------------------- signals
+
+
+def signalled(monkeypatch, *moments):
+    """Send this process signals before its train_step: (which step of it, signal)."""
+    step, count = train.train_step, [0]
+
+    def sends(*args):
+        for moment, number in moments:
+            if count[0] == moment:
+                os.kill(os.getpid(), number)
+        count[0] += 1
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", sends)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_iteration_and_saves(tmp_path, dataset, monkeypatch, capsys, number,
+                                                   code):
+    do_run(tmp_path / "whole", dataset, dropout=0.2)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        signalled(patch, (5, number))
+        do_run(tmp_path / "run", dataset, dropout=0.2)
+    assert stopped.value.code == code and signal.getsignal(number) == before
+    assert (tmp_path / "run/latest").read_text() == "iter_000006\n"
+    assert f"{signal.Signals(number).name}: saved at iteration 6; go on" in capsys.readouterr().out
+    assert [row["iter"] for row in rows_of(tmp_path / "run") if "loss" in row] == [*range(6)]
+    do_run(tmp_path / "run", dataset, dropout=0.2, init_from="auto")
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path, dataset, monkeypatch):
+    do_run(tmp_path / "whole", dataset, keep_checkpoints=9)
+    signalled(monkeypatch, (1, signal.SIGUSR1), (5, signal.SIGUSR1))
+    do_run(tmp_path / "run", dataset, keep_checkpoints=9)
+    assert {p.name for p in (tmp_path / "run").glob("iter_*")} - {
+        p.name for p in (tmp_path / "whole").glob("iter_*")} == {"iter_000002", "iter_000006"}
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_second_signal_ends_at_once():
+    code = ("import signal, os, time, runtime\nwith runtime.Signals() as signals:\n"
+            "    os.kill(os.getpid(), 15)\n    assert signals.wish == 15\n"
+            "    os.kill(os.getpid(), 2)\n    time.sleep(9)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGINT
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.wish == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.saved()
+        assert signals.wish == signal.SIGTERM  # the stronger wish stays
+
+
+# ---------------------------------------------------------------------- numbers gone wrong
+
+
+def poisoned(monkeypatch, *moments):
+    """Make the loss of some of the iterations NaN."""
+    forward, step, count = GPT.forward, train.train_step, [-1]
+
+    def counts(*args):
+        count[0] += 1
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", counts)
+    monkeypatch.setattr(GPT, "forward", lambda self, x, y: forward(self, x, y) * (
+        math.nan if count[0] in moments and torch.is_grad_enabled() else 1))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bad_update_changes_nothing(fused):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(5, 11, 1, 1, 7), torch.Generator().manual_seed(5))
+    optimizer = adamw(model, 1e-2, 0.1, (0.9, 0.95))
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = [(torch.randint(11, (2, 5)), torch.randint(11, (2, 5)))]
+
+    def state():
+        return [t.clone() for t in (*model.parameters(), *(
+            t for values in optimizer.state.values() for t in values.values()))]
+
+    train.train_step(model, optimizer, scaler, batch, 1.0, CPU)
+    before, forward = state(), model.forward
+    for wrong in (math.nan, math.inf):
+        model.forward = lambda x, y, wrong=wrong: forward(x, y) * wrong
+        loss, _ = train.train_step(model, optimizer, scaler, batch, 1.0, CPU)
+        assert not loss.isfinite()
+        assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    model.forward = forward
+    train.train_step(model, optimizer, scaler, batch, 1.0, CPU)
+    assert not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_bad_steps_are_counted_logged_and_resumed(tmp_path, dataset, monkeypatch, dtype):
+    poisoned(monkeypatch, 3, 4, 7)
+    rows = do_run(tmp_path / "run", dataset, max_bad_steps=3, dtype=dtype)
+    counts = [row.get("bad_steps", 0) for row in rows if "lr" in row]
+    assert counts == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3]
+    assert "loss" not in [row for row in rows if "lr" in row][3]  # JSON has no NaN
+    assert all(w.isfinite().all() for w in weights_of(tmp_path / "run").values())
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "draw_loss", lambda run_dir: None)
+    more = do_run(tmp_path / "run", dataset, init_from="resume", max_iters=11, dtype=dtype)
+    assert more[-2]["bad_steps"] == 3
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path, dataset, monkeypatch):
+    poisoned(monkeypatch, 5, 6, 7, 8)
+    with pytest.raises(ValueError, match="^3 updates in a row up to iteration 7 .* the last good "
+                                         "checkpoint is .*run/iter_000004; lower learning_rate"):
+        do_run(tmp_path / "run", dataset, max_bad_steps=3)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_out_of_memory_divides_the_micro_batch(tmp_path, dataset, monkeypatch, capsys):
+    whole = do_run(tmp_path / "whole", dataset, batch_size=6, gradient_accumulation_steps=2)
+    step = train.train_step
+
+    def full(model, optimizer, scaler, batches, *rest):
+        if len(batches[0][0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step(model, optimizer, scaler, batches, *rest)
+
+    monkeypatch.setattr(train, "train_step", full)
+    rows = do_run(tmp_path / "run", dataset, batch_size=6, gradient_accumulation_steps=2)
+    said = capsys.readouterr().out
+    assert "out of memory with batch_size=6: going on with 3, and 4 micro-steps inste" in said
+    assert "out of memory with batch_size=3: going on with 1, and 12 micro-steps inst" in said
+    assert losses_of(rows) == pytest.approx(losses_of(whole), abs=1e-5)
+    assert [r["val_loss"] for r in rows if "val_loss" in r] == pytest.approx(
+        [r["val_loss"] for r in whole if "val_loss" in r], abs=1e-5)
+    monkeypatch.setattr(train, "train_step", step)
+    alone = do_run(tmp_path / "alone", dataset, batch_size=1, gradient_accumulation_steps=12)
+    assert losses_of(alone) == losses_of(rows)  # the same data in the same order
+    for size, world in ((1, 1), (6, 2)):
+        with pytest.raises(ValueError, match="lower batch_size .* block_size, n_layer or n_embd"):
+            train.smaller_batch({"batch_size": size, "block_size": 13}, 1, 0, None,
+                                replace(CPU, world_size=world))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_elsewhere_names_the_knobs(tmp_path, dataset, monkeypatch, capsys, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(train, "validate", full)
+    assert command_line(*as_flags(**{**TINY, "out_dir": tmp_path, "dataset": dataset})) == 2
+    assert "out of memory; lower batch_size, block_size or" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_estimate_is_what_a_step_keeps(dtype):
+    model = GPT(GPTConfig(128, 301, 6, 4, 128))
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if (storage := tensor.untyped_storage()).data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    x = torch.randint(301, (7, 128))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
+            replace(CPU, dtype=dtype).autocast():
+        loss = model(x, x).sum()
+    assert loss.isfinite()
+    state, estimate = memory_needed(model, 7, dtype)
+    assert state == model_bytes(model) * (4 if dtype == torch.float32 else 4.5)
+    assert estimate == pytest.approx(sum(size for size, _ in kept.values()), rel=0.25)
+
+
+def model_bytes(model):
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------- settings, data
+
+
+def test_resume_says_what_changed(tmp_path, dataset, capsys):
+    do_run(tmp_path / "run", dataset, max_iters=4)
+    capsys.readouterr()
+    do_run(tmp_path / "run", dataset, max_iters=6, init_from="resume", learning_rate=2e-2,
+           batch_size=1, gradient_accumulation_steps=6, weight_decay=0.3)
+    said = [s for s in capsys.readouterr().out.splitlines() if s.startswith("changed")]
+    assert said == [
+        "changed since iter_000004: max_iters=4 is now 6 (safe)",
+        "changed since iter_000004: gradient_accumulation_steps=3 is now 6 (the same up to "
+        "rounding)",
+        "changed since iter_000004: batch_size=2 is now 1 (the same up to rounding)",
+        "changed since iter_000004: learning_rate=0.01 is now 0.02 (another course from here on)",
+        "changed since iter_000004: weight_decay=0.1 is now 0.3 (another course from here on)"]
+    groups = torch.load(tmp_path / "run/iter_000006/trainer.pt", weights_only=True)
+    assert groups["optimizer"]["param_groups"][0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(batch_size=4), "had 78 tokens per iteration and has 156 now.*--total_batch_size=78"),
+    (dict(seed=1), "seed=1, but the run has seed=1337"),
+    (dict(mix=True), "mix=.* but the run has mix=''"),
+])
+def test_resume_refuses_what_loses_its_place(tmp_path, dataset, mix, settings, says):
+    do_run(tmp_path / "run", dataset, max_iters=2)
+    settings = {**settings, **({"mix": mix} if "mix" in settings else {})}
+    with pytest.raises(ValueError, match=says + ".* begin a new run with these weights: --init_"):
+        do_run(tmp_path / "run", dataset, init_from="resume", max_iters=4, **settings)
+
+
+def test_token_files_that_changed_are_refused(tmp_path, dataset):
+    do_run(tmp_path / "run", dataset, max_iters=2)
+    (tmp_path / "x").mkdir()
+    other = made_of_words(tmp_path / "x", "words", seed=8, sentences=90)
+    with pytest.raises(ValueError, match=r"train_000000.bin of .* has changed since the checkpoint "
+                                         ".*iter_000002 was written; prepare the dataset as it w"):
+        do_run(tmp_path / "run", other, init_from="resume", max_iters=4)
+    shutil.copytree(dataset, tmp_path / "moved")
+    do_run(tmp_path / "run", f"{tmp_path / 'moved'}", init_from="resume", max_iters=4)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("how", ["cut", "gone", "ids"])
+def test_data_that_fail_during_the_run_end_after_a_checkpoint(tmp_path, dataset, monkeypatch,
+                                                              capsys, split, how):
+    do_run(tmp_path / "whole", dataset)
+    shutil.copytree(dataset, tmp_path / "data")
+    path, step, count = tmp_path / f"data/{split}_000000.bin", train.train_step, [0]
+    raw = path.read_bytes()
+
+    def breaks(*args):
+        count[0] += 1
+        if count[0] == 6:
+            path.write_bytes(raw[:1024] + (b"\xff" * (len(raw) - 1024) if how == "ids" else b""))
+            if how == "gone":
+                path.unlink()
+        return step(*args)
+
+    if how == "gone":  # a file that was not looked at before
+        monkeypatch.setattr(train.Mixture, "sequences", closing(train.Mixture.sequences))
+        monkeypatch.setattr(train, "evaluate", closing(train.evaluate, 2))
+    monkeypatch.setattr(train, "train_step", breaks)
+    flags = as_flags(**{**TINY, "out_dir": tmp_path / "run", "dataset": tmp_path / "data"})
+    assert command_line(*flags) == 2
+    error, at = capsys.readouterr().err, 6 if split == "train" else 8
+    assert error.count("\n") == 1 and f"(stopped at iteration {at}: go on with --init_" in error
+    says = {"cut": "it was cut short", "gone": "No such file", "ids": "has token 65535"}
+    assert says[how] in error
+    assert (tmp_path / "run/latest").read_text() == f"iter_{at:06d}\n"
+    monkeypatch.setattr(train, "train_step", step)
+    path.write_bytes(raw)
+    do_run(tmp_path / "run", f"{tmp_path / 'data'}", init_from="auto")
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def closing(function, place=0):
+    """Let each call open the token files anew."""
+    def reopened(*args):
+        for reader in getattr(args[place], "readers", {"": args[place]}).values():
+            reader.open.cache_clear()
+        return function(*args)
+
+    return reopened
+
+
+def test_compiled_resumed_is_uninterrupted(tmp_path, dataset, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="aot_eager"))
+    settings = dict(compile="True", dropout=0.2)
+    do_run(tmp_path / "whole", dataset, **settings)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signalled(patch, (5, signal.SIGTERM))
+        do_run(tmp_path / "run", dataset, **settings)
+    do_run(tmp_path / "run", dataset, **settings, init_from="resume")
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+# ---------------------------------------------------------------------- security
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", [
+    "iter_000002/trainer.pt", "iter_000002/trainer.pt zip", "iter_000002/model.safetensors",
+    "iter_000002/meta.json", "iter_000002/tokenizer.json", "iter_000002/SHA256SUMS", "latest",
+    "best", "metrics.jsonl", "wandb_id", "data/meta.json", "data/tokenizer.json",
+    "data/train_000000.bin", "data/val_000000.bin", "data/meta.pkl"])
+def test_a_pickle_in_the_place_of_a_file_is_not_run(tmp_path, dataset, name, capsys):
+    shutil.copytree(dataset, tmp_path / "run/data")
+    train.main(**{**TINY, "dataset": f"{tmp_path}/run/data", "out_dir": f"{tmp_path}/one",
+                  "max_iters": 2})
+    for path in (tmp_path / "one").iterdir():
+        shutil.move(path, tmp_path / "run")
+    (tmp_path / "run/iter_000002/SHA256SUMS").unlink()  # a stranger writes that too
+    target, trap = tmp_path / "run" / name.split()[0], Malicious(tmp_path / "ran")
+    with open(target, "wb") as file:
+        torch.save(trap, file) if "zip" in name else pickle.dump(trap, file)
+    flags = as_flags(**{**TINY, "dataset": tmp_path / "run/data", "max_iters": 3})
+    wandb = ["--wandb_log=True"] if name == "wandb_id" else []
+    for more in (["--init_from=resume", f"--out_dir={tmp_path / 'run'}", *wandb],
+                 [f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'next'}"]):
+        try:
+            train.run(train.main, more_defaults=train.checkpoint_defaults, argv=[*flags, *more])
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(trap))
+    assert (tmp_path / "ran").exists()  # it does run where pickles are read
+
+
+@pytest.mark.parametrize("change", [
+    {"iter_num": "2"}, {"iter_num": -1}, {"config": []}, {"config": {"n_layer": "many"}},
+    {"config": {"out_dir": "/etc"}}, {"model": {"n_layer": 3}}, {"model": {"x": 1}},
+    {"best_val_loss": []}, {"tokens": "a"}, {"shards": [1]}, {"bad_steps": "x"}, {"shards": {}}])
+def test_a_stranger_s_meta_json_is_at_worst_refused(tmp_path, dataset, change, capsys):
+    do_run(tmp_path / "run", dataset, max_iters=2)
+    path = tmp_path / "run/iter_000002/meta.json"
+    (path.parent / "SHA256SUMS").unlink()
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    try:
+        train.run(train.main, more_defaults=train.checkpoint_defaults, argv=[
+            "--init_from=resume", f"--out_dir={tmp_path / 'run'}", *as_flags(**TINY),
+            f"--dataset={dataset}", "--max_iters=3"])
+    except SystemExit as stopped:
+        assert stopped.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("pointer", ["../elsewhere", "/etc", "..", "", "iter_9\x00"])
+def test_pointers_stay_in_the_run_s_folder(tmp_path, dataset, pointer, capsys):
+    do_run(tmp_path / "elsewhere", dataset, max_iters=2)
+    do_run(tmp_path / "run", dataset, max_iters=1)
+    (tmp_path / "run/latest").write_text(pointer)
+    do_run(tmp_path / "run", dataset, max_iters=1, init_from="resume")
+    assert "going on from iter_000001" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def torchrun(out_dir, dataset, *flags, start="", **settings):
+    """Start train.py in two processes, with `start` run before in each; return the Popen."""
+    code = f"import os, sys, time, train, configurator\n{start}\ntrain.draw_loss = id\n" \
+           "configurator.run(train.main, more_defaults=train.checkpoint_defaults)\n"
+    script = Path(out_dir).parent / "script.py"
+    script.write_text(code)
+    settings = {**TINY, "gradient_accumulation_steps": 4, **settings}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(script), f"--out_dir={out_dir}", f"--dataset={dataset}",
+         *as_flags(**settings), *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+AT_STEP = """
+step, count = train.train_step, [0]
+def breaks(*args):
+    count[0] += 1
+    if os.environ["RANK"] == "1" and count[0] == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] \\
+            == "0":
+        {}
+    return step(*args)
+train.train_step = breaks
+"""
+
+
+def test_two_processes_stop_at_the_same_iteration_and_go_on(tmp_path, dataset):
+    done = torchrun(tmp_path / "whole", dataset)
+    assert done.wait(120) == 0, done.stdout.read()
+    # one gets SIGTERM: both stop at the same iteration, and go on after it
+    done = torchrun(tmp_path / "run", dataset, start=AT_STEP.format("os.kill(os.getpid(), 15)"))
+    assert done.wait(120) and "SIGTERM: saved at iteration 6" in done.stdout.read()
+    assert (tmp_path / "run/latest").read_text() == "iter_000006\n"
+    done = torchrun(tmp_path / "run", dataset, "--init_from=auto")
+    assert done.wait(120) == 0, done.stdout.read()
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_process_that_fails_ends_the_others_with_its_error(tmp_path, dataset):
+    began = time.monotonic()
+    done = torchrun(tmp_path / "run", dataset,
+                    start=AT_STEP.format("raise KeyError('a bug of rank 1')"))
+    assert done.wait(60) == 1 and time.monotonic() - began < 30
+    assert "KeyError: 'a bug of rank 1'" in done.stdout.read()
