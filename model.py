@@ -214,26 +214,21 @@ class GPT(nn.Module):
             lm_head, where it is not tied               0.02                     0
             wte, where it is not tied                   0.02                     1
             wte, where it is tied; wpe                  0.02                     0.02
-            c_attn, c_fc, value_embed                   0.02                     1 / sqrt(3 columns)
+            c_attn, c_fc, value_embed                   0.02                     1 / sqrt(3 C)
         Biases, gate and x0_lambda begin at 0, LayerNorm's weights and resid_lambda at 1.
         GPT-2's: Radford et al. 2019, section 2.3. The others: KellerJordan/modded-nanogpt, track 3;
-        at GPT-2's width of 768 columns 1 / sqrt(3 columns) is 0.02 again."""
-        zero = self.config.zero_init
+        at GPT-2's width 1 / sqrt(3 C) is 0.02 again."""
+        c = self.config
+        scales = {"c_proj": 0.02 / math.sqrt(2 * c.n_layer)}
+        if c.zero_init:
+            scales = {"c_proj": 0.0, "lm_head": 0.0, "wte": 0.02 if c.tied else 1.0,
+                      **dict.fromkeys(("c_attn", "c_fc", "value_embed"), (3 * c.n_embd) ** -0.5)}
         for name, p in self.named_parameters():
             kind = name.removesuffix(".weight").rpartition(".")[2]
-            scale = 0.02
-            if kind == "c_proj":
-                scale = 0.0 if zero else 0.02 / math.sqrt(2 * self.config.n_layer)
-            elif zero and kind == "lm_head":
-                scale = 0.0
-            elif zero and kind == "wte" and not self.config.tied:
-                scale = 1.0
-            elif zero and kind in ("c_attn", "c_fc", "value_embed"):
-                scale = 1 / math.sqrt(3 * p.shape[1])
             if kind in ("bias", "gate", "x0_lambda"):
                 p.zero_()
             elif p.dim() == 2:
-                p.normal_(0.0, scale, generator=generator)
+                p.normal_(0.0, scales.get(kind, 0.02), generator=generator)
             else:  # LayerNorm, resid_lambda
                 p.fill_(1.0)
 
@@ -281,10 +276,10 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Hidden states (..., C) to logits (..., V)."""
-        matrix = self.transformer.wte.weight if self.config.tied else self.lm_head.weight  # (V, C)
-        logits = F.linear(x, matrix)  # (..., V)
-        if self.config.softcap:
-            logits = self.config.softcap * torch.tanh(logits / self.config.softcap)  # (..., V)
+        cap, last = self.config.softcap, self.transformer.wte if self.config.tied else self.lm_head
+        logits = F.linear(x, last.weight)  # (..., V)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)  # (..., V)
         return logits  # (..., V)
 
     def logits(self, tokens):
@@ -321,11 +316,10 @@ class GPT(nn.Module):
         6 N + 12 n_layer C T (Chowdhery et al. 2022, PaLM, appendix B); a table that is only
         looked up, as value embeddings and an untied token embedding are, is not in N."""
         c = self.config
-        tables = ("value_embed",) if c.tied else ("value_embed", "wte")
-        lookups = sum(p.numel() for name, p in self.named_parameters()
-                      if name.removesuffix(".weight").endswith(tables))
-        return (6 * (self.parameter_count() - lookups)
-                + 12 * c.n_layer * c.n_embd * c.block_size)
+        tables = ("value_embed.weight",) if c.tied else ("value_embed.weight", "wte.weight")
+        N = self.parameter_count() - sum(
+            p.numel() for name, p in self.named_parameters() if name.endswith(tables))
+        return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 def save_weights(model, folder):

@@ -265,7 +265,7 @@ def test_first_weights_of_zero_init():
         elif name.endswith("resid_lambda"):
             assert (p == 1).all(), name
         else:
-            expected = 1.0 if "wte" in name else 1 / math.sqrt(3 * p.shape[1])
+            expected = 1.0 if "wte" in name else 1 / math.sqrt(3 * 24)
             assert p.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * p.numel())), name
 
 
