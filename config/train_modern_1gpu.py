@@ -9,7 +9,7 @@ out_dir = "out/modern_1gpu"
 wandb_project = "modern"
 
 total_batch_size = 524288
-batch_size = 32  # 16 micro-steps; fits 40 GB
+batch_size = 32  # 16 micro-steps
 block_size = 1024
 
 n_layer = 12
