@@ -217,6 +217,20 @@ def test_each_group_has_its_share_of_its_own_peak_and_momentum_warms_up():
         assert optimizer.param_groups[0]["momentum"] == pytest.approx(momentum)
 
 
+def test_an_infinite_gradient_in_float16_skips_both_optimizers():
+    for wrong in (True, False):
+        model = make()
+        optimizer, scaler = both(model), torch.amp.GradScaler("cpu")
+        scaler.scale(torch.zeros(()))
+        if wrong:
+            model.transformer.ln_f.weight.grad[3] = math.inf
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+        assert all(same) if wrong else not any(same)
+
+
 # ---------------------------------------------------------------------- the schedules
 
 PEAK, LEAST, WARMUP, END = 6e-4, 6e-5, 7, 53
