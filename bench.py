@@ -19,7 +19,6 @@ import torch
 import train
 from configurator import run
 from model import GPT, GPTConfig
-from optim import adamw
 from runtime import compile_model, describe, setup
 from tokens import Mixture, load_meta, parse_mix
 
@@ -45,8 +44,7 @@ def main(
     model = GPT(GPTConfig(vocab_size=train.padded(vocab_size), **sizes)).to(runtime.device)
     data = (RandomTokens(vocab_size, settings["block_size"]) if random else
             Mixture(mix, "train", settings["block_size"]))
-    optimizer = adamw(model, settings["learning_rate"], settings["weight_decay"],
-                      (settings["beta1"], settings["beta2"]))
+    optimizer = train.make_optimizer(model, settings, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     wrapped = compile_model(runtime.wrap(model), settings["compile"], runtime)
     runtime.say(f"{describe(runtime)}; torch {torch.__version__}; "

@@ -1,4 +1,5 @@
-"""GPT-2: the maths of the model, its first weights, and its weights on disk. Needs torch alone.
+"""GPT-2, and ten switches to what came later: the maths of the model, its first weights, and its
+weights on disk. Needs torch alone.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128))
     losses = model(tokens, targets)   # (B, T) loss of each token; 0 where the target is IGNORE
@@ -6,8 +7,8 @@
     cache = model.make_cache(B)       # keys and values, to give it one token more at a time:
     x = model.hidden(tokens, cache, start)[:, -1]  # tokens are at positions start, start + 1, ...
 
-Sizes, everywhere: B batch, T time, C channels (n_embd), H heads, D head dim, V vocabulary,
-S positions that keys and values are kept of.
+Sizes, everywhere: B batch, T time, C channels (n_embd), H heads, K heads of keys and values, D head
+dim, M channels inside the MLP, V vocabulary, S positions that keys and values are kept of.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the details are those
 of OpenAI's code, github.com/openai/gpt-2, src/model.py.
 """
@@ -34,12 +35,24 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
+    # ten switches, each of which works alone; what they are worth: experiments/recipe.md
+    rope: bool = False  # rotary positions instead of learned ones (Su et al. 2021)
+    rmsnorm: bool = False  # RMSNorm without weights (Zhang, Sennrich 2019), of the embedding too
+    qk_norm: bool = False  # RMSNorm of queries and keys (Henry et al. 2020)
+    mlp: str = "gelu"  # relu2 (So et al. 2021, Primer) or swiglu (Shazeer 2020) instead
+    tied: bool = True  # the token embedding is the head's matrix (Press, Wolf 2017)
+    zero_init: bool = False  # each block begins as the identity: see GPT.init_weights
+    softcap: float = 0.0  # logits stay within +-softcap (Gemma Team 2024, Gemma 2); 0: anywhere
+    n_kv_head: int = 0  # heads of keys and values, shared by groups (Ainslie et al. 2023); 0: all
+    value_embeds: bool = False  # a token table added to every other layer's values (@KoszarskyB)
+    residual_scalars: bool = False  # a block reads a x + b x0, x0 the embedding (@Grad62304977)
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{field.name}={value}: must be 1 or more, a whole number")
+            least = int(field.name != "n_kv_head")
+            if field.type is int and not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{field.name}={value}: must be {least} or more, a whole number")
         if self.n_embd % self.n_head:
             near = min((h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0),
                        key=lambda h: abs(h - self.n_head))
@@ -47,99 +60,185 @@ class GPTConfig:
                              f"the nearest n_head that divides it is {near}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if not 0 <= self.softcap < math.inf:
+            raise ValueError(f"softcap={self.softcap}: must be 0 or more, and finite")
+        if self.mlp not in ACTIVATIONS:
+            raise ValueError(f"mlp={self.mlp!r}: choose {', '.join(ACTIVATIONS)}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
+        if self.rope and self.head_dim % 2:
+            raise ValueError(f"rope=True turns pairs of channels: n_embd / n_head = "
+                             f"{self.head_dim} must be even")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+
+def swiglu(x):
+    gate, x = x.chunk(2, -1)  # each (B, T, M)
+    return F.silu(gate) * x  # (B, T, M)
+
+
+ACTIVATIONS = {"gelu": lambda x: F.gelu(x, approximate="tanh"),  # as GPT-2 has it
+               "relu2": lambda x: F.relu(x).square(), "swiglu": swiglu}
+
+
+def make_norm(config):
+    if config.rmsnorm:
+        return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rotation(positions, head_dim):
+    """Return (cos, sin), each (T, D/2): the angles by which each pair of channels turns."""
+    channels = torch.arange(0, head_dim, 2, device=positions.device)  # (D/2,)
+    angles = positions[:, None] * 10000.0 ** -(channels / head_dim)  # (T, D/2)
+    return angles.cos(), angles.sin()  # each (T, D/2)
+
+
+def rotate(x, cos, sin):
+    """Turn channel i of x (..., T, D) with channel i + D/2 (GPT-NeoX's pairs)."""
+    a, b = x.chunk(2, -1)  # each (..., T, D/2)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)  # (..., T, D)
 
 
 class CausalSelfAttention(nn.Module):
     """Each position attends to itself and to the positions before it."""
 
-    def __init__(self, config):
+    def __init__(self, config, has_table=False):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        H, K, D = config.n_head, config.kv_heads, config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, (H + 2 * K) * D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.value_embed = nn.Embedding(config.vocab_size, K * D) if has_table else None
+        self.gate = nn.Linear(min(12, config.n_embd), K, bias=False) if has_table else None
+        self.sizes, self.dropout, self.qk_norm = (H, K, D), config.dropout, config.qk_norm
+        # normalised queries and keys want a sharper softmax than 1/sqrt(D) (nanochat: 1.2 * 1.2)
+        self.scale = 1.44 / math.sqrt(D) if config.qk_norm else None
 
-    def forward(self, x, cache=None, positions=None, mask=None):
+    def forward(self, x, tokens=None, turn=None, cache=None, positions=None, mask=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x)  # (B, T, 3*C)
-        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is not None:  # (2, B, H, S, D): write the new positions, read them all
+        H, K, D = self.sizes
+        heads = self.c_attn(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2*K, T, D)
+        qk = heads[:, :H + K]  # (B, H + K, T, D)
+        v = heads[:, H + K:]  # (B, K, T, D)
+        if self.qk_norm:
+            qk = F.rms_norm(qk, (D,), eps=1e-6).to(v.dtype)  # (B, H + K, T, D)
+        if turn is not None:
+            qk = rotate(qk, *turn).to(v.dtype)  # (B, H + K, T, D)
+        if self.value_embed is not None:
+            gate = 2 * torch.sigmoid(self.gate(x[..., :12])).transpose(1, 2)  # (B, K, T)
+            table = self.value_embed(tokens).view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
+            v = v + (gate[..., None] * table).to(v.dtype)  # (B, K, T, D)
+        q = qk[:, :H]  # (B, H, T, D)
+        k = qk[:, H:]  # (B, K, T, D)
+        if cache is not None:  # (2, B, K, S, D): write the new positions, read them all
             cache[0].index_copy_(2, positions, k)
             cache[1].index_copy_(2, positions, v)
-            k, v = cache  # each (B, H, S, D)
+            k, v = cache  # each (B, K, S, D)
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p,
-                                           is_causal=mask is None and T > 1)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p=p, is_causal=mask is None and T > 1, scale=self.scale,
+            enable_gqa=K != H)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         y = self.c_proj(y)  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)  # (B, T, C)
 
 
 class MLP(nn.Module):
-    """Four times wider inside; GPT-2's GELU is the tanh approximation."""
+    """Four times wider inside; SwiGLU, which has two matrices there, 8/3 times."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = config.dropout
+        C, is_glu = config.n_embd, config.mlp == "swiglu"
+        inner = -(-C // 3) * 8 if is_glu else 4 * C
+        self.c_fc = nn.Linear(C, inner * (1 + is_glu), bias=config.bias)
+        self.c_proj = nn.Linear(inner, C, bias=config.bias)
+        self.activation, self.dropout = ACTIVATIONS[config.mlp], config.dropout
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4*C)
+        x = self.activation(self.c_fc(x))  # (B, T, M)
         x = self.c_proj(x)  # (B, T, C)
         return F.dropout(x, self.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream after a LayerNorm of its input."""
+    """Attention, then MLP, each added to the residual stream after a norm of its input."""
 
-    def __init__(self, config):
+    def __init__(self, config, has_table=False):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, has_table)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
+        self.has_scalars = config.residual_scalars
+        if self.has_scalars:
+            self.resid_lambda = nn.Parameter(torch.empty(1))
+            self.x0_lambda = nn.Parameter(torch.empty(1))
 
-    def forward(self, x, cache=None, positions=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, positions, mask)  # (B, T, C)
+    def forward(self, x, x0, *context):
+        """context: that of CausalSelfAttention.forward."""
+        if self.has_scalars:
+            x = self.resid_lambda * x + self.x0_lambda * x0  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), *context)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
 class GPT(nn.Module):
-    """The transformer. Its parameters bear nanoGPT's names; the head is the token embedding."""
+    """The transformer. Its parameters bear nanoGPT's names; a tied head is the token embedding."""
 
     def __init__(self, config, generator=None):
         """generator: a CPU torch.Generator for the first weights; None takes torch's own."""
         super().__init__()
-        self.config = config
+        self.config, layers = config, config.n_layer
+        learned = {} if config.rope else {"wpe": nn.Embedding(config.block_size, config.n_embd)}
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            wte=nn.Embedding(config.vocab_size, config.n_embd), **learned,
+            h=nn.ModuleList(Block(config, config.value_embeds and (layers - i) % 2 == 1)
+                            for i in range(layers)),  # the last one has a table
+            ln_f=make_norm(config),
         ))
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights(generator)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """GPT-2's: N(0, 0.02), biases 0; the two projections into the residual stream are scaled
-        by 1/sqrt(2 n_layer), one for each addition to it (Radford et al. 2019, section 2.3)."""
+        """Draw the first weights, N(0, s) with s =     GPT-2's                  zero_init
+            c_proj, into the residual stream            0.02 / sqrt(2 n_layer)   0
+            lm_head, where it is not tied               0.02                     0
+            wte, where it is not tied                   0.02                     1
+            wte, where it is tied; wpe                  0.02                     0.02
+            c_attn, c_fc, value_embed                   0.02                     1 / sqrt(3 C)
+        Biases, gate and x0_lambda begin at 0, LayerNorm's weights and resid_lambda at 1.
+        GPT-2's: Radford et al. 2019, section 2.3. The others: KellerJordan/modded-nanogpt, track 3;
+        at GPT-2's width 1 / sqrt(3 C) is 0.02 again."""
+        c = self.config
+        scales = {"c_proj": 0.02 / math.sqrt(2 * c.n_layer)}
+        if c.zero_init:
+            scales = {"c_proj": 0.0, "lm_head": 0.0, "wte": 0.02 if c.tied else 1.0,
+                      **dict.fromkeys(("c_attn", "c_fc", "value_embed"), (3 * c.n_embd) ** -0.5)}
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
-            elif p.dim() == 2:
-                p.normal_(0.0, 0.02, generator=generator)
-            elif name.endswith("bias"):
+            kind = name.removesuffix(".weight").rpartition(".")[2]
+            if kind in ("bias", "gate", "x0_lambda"):
                 p.zero_()
-            else:  # LayerNorm
+            elif p.dim() == 2:
+                p.normal_(0.0, scales.get(kind, 0.02), generator=generator)
+            else:  # LayerNorm, resid_lambda
                 p.fill_(1.0)
 
     def make_cache(self, batch_size, dtype=None):
         """Room for the keys and values of `batch_size` sequences of block_size tokens,
-        (n_layer, 2, B, H, block_size, D), for `hidden`; of the weights' device. dtype: that of the
+        (n_layer, 2, B, K, block_size, D), for `hidden`; of the weights' device. dtype: that of the
         matrix products (under autocast not the weights')."""
         c = self.config
-        return self.transformer.wpe.weight.new_zeros(
-            c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, dtype=dtype)
+        return self.transformer.wte.weight.new_zeros(
+            c.n_layer, 2, batch_size, c.kv_heads, c.block_size, c.head_dim, dtype=dtype)
 
     def hidden(self, tokens, cache=None, start=0):
         """Token ids (B, T) to the last hidden states (B, T, C). Raises ValueError for a position
@@ -161,16 +260,27 @@ class GPT(nn.Module):
         mask = None  # which means causal, or all that there is for a single token
         if cache is not None and (fixed or start > 0 and T > 1):
             mask = torch.arange(end, device=tokens.device) <= positions[:, None]  # (T, S)
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)  # (B, T, C)
+        x = self.transformer.wte(tokens)  # (B, T, C)
+        turn = None
+        if self.config.rope:
+            turn = rotation(positions, self.config.head_dim)  # each (T, D/2)
+        else:
+            x = x + self.transformer.wpe(positions)  # (B, T, C)
+        if self.config.rmsnorm:
+            x = self.transformer.ln_f(x)  # (B, T, C): it has no weights, so one serves both ends
+        x = x0 = F.dropout(x, self.config.dropout, self.training)  # each (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            layer = None if cache is None else cache[i, ..., :end, :]  # (2, B, H, S, D)
-            x = block(x, layer, positions, mask)  # (B, T, C)
+            layer = None if cache is None else cache[i, ..., :end, :]  # (2, B, K, S, D)
+            x = block(x, x0, tokens, turn, layer, positions, mask)  # (B, T, C)
         return self.transformer.ln_f(x)  # (B, T, C)
 
     def head(self, x):
-        """Hidden states (..., C) to logits (..., V), with the token embedding as the matrix."""
-        return F.linear(x, self.transformer.wte.weight)  # (..., V)
+        """Hidden states (..., C) to logits (..., V)."""
+        cap, last = self.config.softcap, self.transformer.wte if self.config.tied else self.lm_head
+        logits = F.linear(x, last.weight)  # (..., V)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)  # (..., V)
+        return logits  # (..., V)
 
     def logits(self, tokens):
         """Token ids (B, T) to the logits of the next token, (B, T, V)."""
@@ -193,18 +303,23 @@ class GPT(nn.Module):
             raise ValueError(f"block_size={block_size}: this model has positions 1 to "
                              f"{self.config.block_size}")
         self.config = replace(self.config, block_size=block_size)  # others may share the old one
-        weight = self.transformer.wpe.weight[:block_size].detach().clone()
-        self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
+        if not self.config.rope:
+            weight = self.transformer.wpe.weight[:block_size].detach().clone()
+            self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def parameter_count(self):
         """The number of parameters, without the position embedding (nanoGPT's way of counting)."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
 
     def flops_per_token(self):
         """FLOPs of a forward and a backward pass for one token of a sequence of block_size:
-        6 N + 12 n_layer C T (Chowdhery et al. 2022, PaLM, appendix B)."""
+        6 N + 12 n_layer C T (Chowdhery et al. 2022, PaLM, appendix B); a table that is only
+        looked up, as value embeddings and an untied token embedding are, is not in N."""
         c = self.config
-        return 6 * self.parameter_count() + 12 * c.n_layer * c.n_embd * c.block_size
+        tables = ("value_embed.weight",) if c.tied else ("value_embed.weight", "wte.weight")
+        N = self.parameter_count() - sum(
+            p.numel() for name, p in self.named_parameters() if name.endswith(tables))
+        return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 def save_weights(model, folder):

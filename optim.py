@@ -1,10 +1,20 @@
-"""AdamW with GPT-2's parameter groups, and the learning-rate schedule. Needs torch alone."""
+"""AdamW with GPT-2's groups; Muon beside AdamW; the schedules of their rates. Needs torch alone.
+
+    optimizer = adamw(model, 6e-4, 0.1, (0.9, 0.95))
+    optimizer = muon_and_adamw(model, 4e-3, 0.05, (0.8, 0.95), muon_lr=0.025, embed_lr=0.3)
+
+Muon, for the matrices inside the blocks, makes each update orthogonal: it moves all directions of a
+matrix equally, those too that the gradient hardly shows. Embeddings, the head and what is not a
+matrix stay with AdamW, each kind with a rate of its own.
+"""
 
 import math
+from collections import defaultdict
 
 import torch
 
 FUSED = ("cuda", "cpu", "mps", "xpu")  # devices with a one-kernel AdamW in torch 2.9 and later
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024, kellerjordan.github.io/posts/muon
 
 
 def adamw(model, learning_rate, weight_decay, betas):
@@ -22,15 +32,179 @@ def adamw(model, learning_rate, weight_decay, betas):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters):
-    """Return the learning rate of one iteration: linear warm-up, then a cosine down to min_lr.
+def muon_and_adamw(model, learning_rate, weight_decay, betas, muon_lr, embed_lr,
+                   dtype=torch.float32):
+    """Return Muon over the blocks' matrices and AdamW over all else, as one optimizer.
+
+    | owner: parameters                                | peak rate              | weight decay |
+    |--------------------------------------------------|------------------------|--------------|
+    | Muon: c_attn, c_fc, c_proj                       | muon_lr                | weight_decay |
+    | embed: wte where it is not tied; value_embed     | embed_lr / s; half     | 0            |
+    | head: lm_head, wte where it is tied, wpe         | learning_rate / s      | 0            |
+    | vector: biases, norms, gate                      | 0.015                  | 0            |
+    | resid_lambda, x0_lambda                          | 0.005, 0.1             | 0            |
+
+    s = sqrt(n_embd / 768) carries the rates of embeddings and heads from one width to another;
+    Muon's need no change, because an orthogonal update has the same spectral norm at any width
+    (karpathy/nanochat, gpt.py, setup_optimizer; Bernstein 2025, "Deriving Muon"). The rates are
+    those of modded-nanogpt's track 3 and nanochat. Raises ValueError for a parameter of no kind.
+    dtype: of Newton-Schulz's products; bfloat16 where the hardware multiplies it, else float32.
+    """
+    config, owned = model.config, defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            owned[owner(name, p, config.tied)].append((name, p))
+    s = math.sqrt(config.n_embd / 768)
+    peaks = {"embed": embed_lr / s, "value_embed": embed_lr / s / 2, "head": learning_rate / s,
+             "vector": 0.015, "resid_lambda": 0.005, "x0_lambda": 0.1}
+    groups = [{"params": [p for _, p in owned[kind]], "lr": peak}
+              for kind, peak in peaks.items() if owned[kind]]
+    fused = all(p.device.type in FUSED for group in groups for p in group["params"])
+    # eps: a gradient of the mean loss is small, far below Adam's usual 1e-8 for most embeddings
+    rest = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=fused)
+    hidden = [p for _, p in owned["hidden"]]
+    parts = [row_parts(name, p, config) for name, p in owned["hidden"]]
+    return Together(Muon(hidden, parts, muon_lr, weight_decay, dtype), rest)
+
+
+def owner(name, p, tied):
+    """Return the kind of a parameter: exactly one, or ValueError."""
+    kind = name.removesuffix(".weight").rpartition(".")[2]
+    if kind in ("value_embed", "resid_lambda", "x0_lambda"):
+        return kind
+    if kind in ("wte", "wpe", "lm_head"):
+        return "embed" if kind == "wte" and not tied else "head"
+    if p.dim() < 2 or kind == "gate":
+        return "vector"
+    if p.dim() == 2 and kind in ("c_attn", "c_fc", "c_proj"):
+        return "hidden"
+    raise ValueError(f"{name}, {tuple(p.shape)}: neither Muon nor AdamW is told to train it; "
+                     "give it a kind in optim.owner, or use --optimizer=adamw")
+
+
+def row_parts(name, p, config):
+    """Return the rows of each matrix that stands in p: one under another in c_attn are those of
+    queries, keys and values, in SwiGLU's c_fc the gate's and the other one's."""
+    if name.endswith("c_attn.weight"):
+        kv = config.kv_heads * config.head_dim
+        return [config.n_embd, kv, kv]
+    if name.endswith("c_fc.weight") and config.mlp == "swiglu":
+        return [len(p) // 2] * 2
+    return [len(p)]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan 2024). torch.optim.Muon is the same rule for one matrix at
+    a time, always in bfloat16, which a CPU may only emulate; here matrices of a shape are one
+    batch, queries, keys and values are matrices of their own, and decay is cautious: it acts where
+    the update has the weight's sign (Chen et al. 2025, arXiv 2510.12402).
+
+    With several processes each computes all updates: they have the same gradients.
+    """
+
+    def __init__(self, params, parts, lr, weight_decay, dtype=torch.float32):
+        """parts: for each parameter the rows of the matrices in it."""
+        params = list(params)
+        for p in params:
+            if p.dim() != 2:
+                raise ValueError(f"Muon trains matrices, not a parameter of {tuple(p.shape)}")
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
+        self.parts = dict(zip(params, parts, strict=True))
+        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            batches = defaultdict(list)  # (rows, columns): [(weight, its update)]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(average, momentum)  # Nesterov's
+                for pair in zip(p.split(self.parts[p]), update.split(self.parts[p]), strict=True):
+                    batches[pair[0].shape].append(pair)
+            for (rows, columns), pairs in batches.items():
+                weights = [weight for weight, _ in pairs]
+                updates = orthogonal(torch.stack([update for _, update in pairs]).to(self.dtype))
+                updates = updates.to(weights[0].dtype) * max(1, rows / columns) ** 0.5
+                if group["weight_decay"]:
+                    stacked = torch.stack(weights)
+                    updates += group["weight_decay"] * stacked * (updates * stacked > 0)
+                torch._foreach_add_(weights, list(updates.unbind()), alpha=-lr)
+
+
+def orthogonal(x, steps=5):
+    """Return about U V^T for each matrix U S V^T of x (N, rows, columns): singular values go to
+    0.7 to 1.2, but for those that are almost 0. Zeros stay zeros.
+
+    Newton-Schulz with the coefficients that grow small values fastest (Jordan 2024).
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonal(x.mT, steps).mT
+    a, b, c = NEWTON_SCHULZ
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # (N, rows, columns)
+    for _ in range(steps):
+        gram = x @ x.mT  # (N, rows, rows)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return x
+
+
+class Together:
+    """Two optimizers that are stepped, saved and loaded as one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self.optimizers}
+
+    def load_state_dict(self, state):
+        for optimizer in self.optimizers:
+            optimizer.load_state_dict(state[type(optimizer).__name__])
+
+
+def set_rates(optimizer, peaks, share, iter_num):
+    """Give each group its share of its own peak rate, and Muon its momentum: 0.85, and over the
+    first 300 iterations up to 0.95 (KellerJordan/modded-nanogpt, record 9)."""
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * share
+        if "momentum" in group:
+            group["momentum"] = 0.85 + 0.1 * min(iter_num / 300, 1)
+
+
+def lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, schedule="cosine",
+          decay_share=0.5):
+    """Return the learning rate of one iteration: linear warm-up, then down to min_lr.
 
     The first iteration is already above 0, the peak is reached at warmup_iters, min_lr at
-    lr_decay_iters (Radford et al. 2018; nanoGPT's get_lr).
+    lr_decay_iters (Radford et al. 2018; nanoGPT's get_lr). cosine falls all the way; wsd stays at
+    the peak, and falls linearly over the last decay_share of lr_decay_iters (Hu et al. 2024,
+    MiniCPM; Haegele et al. 2024).
     """
+    if schedule not in ("cosine", "wsd"):
+        raise ValueError(f"schedule={schedule!r}: choose cosine or wsd")
     if iter_num < warmup_iters:
         return learning_rate * (iter_num + 1) / (warmup_iters + 1)
     if iter_num >= lr_decay_iters:
         return min_lr
+    if schedule == "wsd":
+        left = (lr_decay_iters - iter_num) / lr_decay_iters
+        return min_lr + min(1.0, left / decay_share) * (learning_rate - min_lr)
     progress = (iter_num - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

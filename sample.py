@@ -98,9 +98,11 @@ def newest_run(folder):
 
 def hold_in(model, dtype):
     """Convert the matrices to the number format of the products once, not at each token. The
-    position embedding stays float32, and with it the residual stream, as under autocast."""
+    position embedding stays float32, and so does the token embedding where it is only looked up,
+    and with them the residual stream, as under autocast."""
+    looked_up = ("wpe.weight",) if model.config.tied else ("wpe.weight", "wte.weight")
     for name, p in model.named_parameters():
-        if p.dim() == 2 and name != "transformer.wpe.weight":
+        if p.dim() == 2 and not name.endswith(looked_up):
             p.data = p.data.to(dtype)
 
 

@@ -33,7 +33,7 @@ from checkpoint import (
 )
 from configurator import as_type_of, run
 from model import GPT, IGNORE, GPTConfig, find_checkpoint, load_model
-from optim import adamw, lr_at
+from optim import adamw, lr_at, muon_and_adamw, set_rates
 from runtime import (
     Signals,
     compile_model,
@@ -47,7 +47,9 @@ from runtime import (
 from tokenizer import Tokenizer, load_tokenizer
 from tokens import Mixture, parse_mix
 
-MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
+MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout", "rope", "rmsnorm",
+              "qk_norm", "mlp", "tied", "zero_init", "softcap", "n_kv_head", "value_embeds",
+              "residual_scalars")
 NOT_RESUMED = ("out_dir", "init_from", "eval_only")  # settings that a resumed run gives anew
 DATA_FAULT = 99  # what processes agree on beside signals, whose numbers are smaller
 HALVINGS = 32  # updates that float16's scaler may skip until its scale, from 2**16, is no cause
@@ -83,15 +85,30 @@ def main(
     n_embd=768,  # width
     dropout=0.0,  # 0 is good for pretraining, 0.1 and more for finetuning
     bias=False,  # biases in Linear and LayerNorm; GPT-2 has them
+    rope=False,  # rotary positions instead of learned ones
+    rmsnorm=False,  # RMSNorm without weights instead of LayerNorm
+    qk_norm=False,  # RMSNorm of queries and keys
+    mlp="gelu",  # relu2 or swiglu instead
+    tied=True,  # the token embedding is the head's matrix
+    zero_init=False,  # blocks begin as the identity
+    softcap=0.0,  # logits stay within +-softcap; 0: anywhere
+    n_kv_head=0,  # heads of keys and values, shared by groups of heads; 0: n_head
+    value_embeds=False,  # a token table added to the values of every other layer
+    residual_scalars=False,  # each block reads a x + b x0, x0 the embedding
     # optimizer
-    learning_rate=6e-4,  # at the peak
-    weight_decay=1e-1,  # of matrices and embeddings
+    optimizer="adamw",  # or muon, for the blocks' matrices, beside AdamW
+    learning_rate=6e-4,  # at the peak; with muon that of the head
+    muon_lr=0.025,  # of the blocks' matrices, with muon
+    embed_lr=0.3,  # of the token embedding, with muon
+    weight_decay=1e-1,  # of matrices and embeddings; with muon of the blocks' matrices
     beta1=0.9,  # AdamW
     beta2=0.95,  # AdamW
     grad_clip=1.0,  # the gradient's largest norm; 0: any
-    decay_lr=True,  # cosine schedule; False: the peak throughout
+    decay_lr=True,  # by the schedule; False: the peak throughout
+    schedule="cosine",  # or wsd: the peak, then linearly down over the last decay_share
+    decay_share=0.5,  # of lr_decay_iters, with wsd
     warmup_iters=2000,  # iterations of linear warm-up
-    lr_decay_iters=600000,  # where the cosine ends; usually max_iters
+    lr_decay_iters=600000,  # where the decay ends; usually max_iters
     min_lr=6e-5,  # and what it ends at; usually learning_rate / 10
     # system
     backend="auto",  # between processes: nccl on CUDA, else gloo
@@ -113,7 +130,8 @@ def main(
     if before and not eval_only:
         news += check_resumed(before, config, tokens_per_iter, train_data.shards, place)
     model.to(runtime.device)
-    optimizer = adamw(model, learning_rate, weight_decay, (beta1, beta2))
+    optimizer = make_optimizer(model, config, runtime)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if before:
         load_trainer(place, optimizer, scaler)
@@ -166,10 +184,10 @@ def main(
             if wish:
                 obey(wish, fault, signals, run_dir, iter_num, runtime)
 
-            lr = lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) \
-                if decay_lr else learning_rate
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            share = lr_at(iter_num, 1.0, min_lr / learning_rate, warmup_iters, lr_decay_iters,
+                          schedule, decay_share) if decay_lr and learning_rate else 1.0
+            lr = learning_rate * share
+            set_rates(optimizer, peaks, share, iter_num)
             torch.manual_seed(seed_for(seed, "dropout", iter_num, runtime.rank))
             began = began or time.perf_counter()
             batches = batches or load_batches(train_data, iter_num, micro_steps, config, model,
@@ -221,6 +239,14 @@ def check(config):
                 "grad_clip", "warmup_iters"):
         if config[key] < 0:
             raise ValueError(f"{key}={config[key]}: must be 0 or more")
+    for key in ("muon_lr", "embed_lr"):
+        if config[key] < 0:
+            raise ValueError(f"{key}={config[key]}: must be 0 or more")
+    if not 0 < config["decay_share"] <= 1:
+        raise ValueError(f"decay_share={config['decay_share']}: must be above 0 and at most 1")
+    for key, choices in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
+        if config[key] not in choices:
+            raise ValueError(f"{key}={config[key]!r}: choose {' or '.join(choices)}")
     for key in ("beta1", "beta2"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key}={config[key]}: must be at least 0 and below 1")
@@ -338,6 +364,15 @@ def memory_line(model, config, runtime):
             f"and optimizer, {kept / 1e9:.2f} activations)"
             + (f" of {there / 1e9:.1f}" if there else "")
             + ("; that is too little: lower batch_size, block_size or the model" if tight else ""))
+
+
+def make_optimizer(model, config, runtime):
+    """Return the optimizer that the settings ask for."""
+    common = (model, config["learning_rate"], config["weight_decay"],
+              (config["beta1"], config["beta2"]))
+    if config["optimizer"] == "adamw":
+        return adamw(*common)
+    return muon_and_adamw(*common, config["muon_lr"], config["embed_lr"], runtime.dtype)
 
 
 def padded(vocab_size):

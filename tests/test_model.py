@@ -24,6 +24,18 @@ from model import GPT, IGNORE, GPTConfig, find_checkpoint, from_weights, load_mo
 B, T, H, D, V = 2, 5, 3, 7, 11
 C, LAYERS, BLOCK = H * D, 2, 13
 CONFIG = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=LAYERS, n_head=H, n_embd=C)
+SWITCHES = {
+    "rope": dict(rope=True, n_embd=24), "rmsnorm": dict(rmsnorm=True),
+    "qk_norm": dict(qk_norm=True), "relu2": dict(mlp="relu2"),
+    "swiglu": dict(mlp="swiglu"), "untied": dict(tied=False),
+    "zero_init": dict(zero_init=True), "softcap": dict(softcap=1.5),
+    "n_kv_head": dict(n_kv_head=1), "value_embeds": dict(value_embeds=True),
+    "residual_scalars": dict(residual_scalars=True)}
+ALL = dict(bias=False, n_embd=24, n_head=6, n_kv_head=3, rope=True, rmsnorm=True, qk_norm=True,
+           mlp="swiglu", tied=False, zero_init=True, softcap=1.5, value_embeds=True,
+           residual_scalars=True)
+each_switch = pytest.mark.parametrize("changes", [*SWITCHES.values(), ALL],
+                                      ids=[*SWITCHES, "all of them"])
 
 
 def make(seed=1, spread=0.3, **changes):
@@ -108,9 +120,158 @@ def test_without_biases_the_logits_are_those_of_a_reference_in_plain_loops():
             torch.testing.assert_close(logits[row], expected, rtol=1e-10, atol=1e-10)
 
 
+def reference_of_the_switches(w, tokens):
+    """The logits of ALL's model for one row of tokens, in plain loops, from the papers."""
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(x, t):  # as complex numbers, channel i and i + 2 of 4
+        pair = torch.complex(x[:2], x[2:])
+        pair = pair * torch.exp(1j * t * torch.tensor([1.0, 1 / 100], dtype=torch.float64))
+        return torch.cat((pair.real, pair.imag))
+
+    w = {name.removeprefix("transformer."): p for name, p in w.items()}
+    x = x0 = norm(w["wte.weight"][tokens])
+    for i in range(LAYERS):
+        x = w[f"h.{i}.resid_lambda"] * x + w[f"h.{i}.x0_lambda"] * x0
+        h = norm(x)
+        q, k, v = (h @ w[f"h.{i}.attn.c_attn.weight"].T).split((24, 12, 12), -1)
+        heads = torch.zeros_like(q)
+        if i == 1:  # the last layer has a table, the one before it none
+            gate = 2 * torch.sigmoid(h[:, :12] @ w[f"h.{i}.attn.gate.weight"].T)
+            v = v + gate.repeat_interleave(4, -1) * w[f"h.{i}.attn.value_embed.weight"][tokens]
+        for n in range(6):
+            m = n // 2  # two heads share one of keys and values
+            for t in range(len(tokens)):
+                a = turned(norm(q[t, 4 * n:4 * n + 4]), t)
+                score = torch.stack([a @ turned(norm(k[s, 4 * m:4 * m + 4]), s)
+                                     for s in range(t + 1)]) * 1.44 / 2
+                heads[t, 4 * n:4 * n + 4] = score.softmax(0) @ v[:t + 1, 4 * m:4 * m + 4]
+        x = x + heads @ w[f"h.{i}.attn.c_proj.weight"].T
+        gate, h = (norm(x) @ w[f"h.{i}.mlp.c_fc.weight"].T).split(64, -1)
+        x = x + (gate * torch.sigmoid(gate) * h) @ w[f"h.{i}.mlp.c_proj.weight"].T
+    return 1.5 * torch.tanh(norm(x) @ w["lm_head.weight"].T / 1.5)
+
+
+def test_with_all_switches_the_logits_are_those_of_a_reference_in_plain_loops():
+    model = make(**ALL).double()
+    tokens, _ = batch(BLOCK)
+    with torch.no_grad():
+        logits = model.logits(tokens)
+        for row in range(B):
+            expected = reference_of_the_switches(model.state_dict(), tokens[row])
+            torch.testing.assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_relu2_is_the_square_of_relu():
+    mlp = make(mlp="relu2").transformer.h[0].mlp
+    x = torch.randn(B, T, C, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(mlp(x), mlp.c_proj(mlp.c_fc(x).clamp(min=0) ** 2))
+
+
+# ---------------------------------------------------------------------- the switches
+
+
+@each_switch
+def test_a_switch_changes_the_model_and_its_parameters_learn(changes):
+    model, plain = make(**changes), make(**{k: v for k, v in changes.items() if k == "n_embd"})
+    tokens, targets = batch()
+    if changes != SWITCHES["zero_init"]:
+        assert not torch.equal(model.logits(tokens), plain.logits(tokens))
+    model(tokens, targets).sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 1e-6, name
+
+
+@each_switch
+def test_a_switch_keeps_the_first_loss_near_ln_v(changes):
+    model = GPT(replace(CONFIG, vocab_size=101, **changes), torch.Generator().manual_seed(1))
+    assert abs(model(*batch(BLOCK, 101)).mean().item() - math.log(101)) < 0.1
+
+
+@each_switch
+def test_with_a_switch_a_token_changes_no_earlier_logit(changes):
+    model = make(**changes)
+    tokens, _ = batch(BLOCK)
+    before = model.logits(tokens)
+    tokens[:, T] = (tokens[:, T] + 1) % V
+    after = model.logits(tokens)
+    assert torch.equal(after[:, :T], before[:, :T])
+    assert not torch.isclose(after[:, T], before[:, T]).all(-1).any()
+
+
+@each_switch
+@torch.no_grad()
+def test_with_a_switch_cached_is_uncached(changes):
+    model = make(**changes).double().eval()
+    tokens, _ = batch(BLOCK)
+    expected, cache = model.logits(tokens), model.make_cache(B)
+    cache[..., 3:, :] = 1e3
+    for a, b in ((0, 3), (3, 8), (8, 9)):
+        x = model.hidden(tokens[:, a:b], cache, a)
+        torch.testing.assert_close(model.head(x), expected[:, a:b])
+    for t in range(9, BLOCK):
+        x = model.hidden(tokens[:, t:t + 1], cache, torch.tensor(t))
+        torch.testing.assert_close(model.head(x), expected[:, t:t + 1])
+
+
+@each_switch
+@torch.no_grad()
+def test_with_a_switch_bfloat16_is_close_to_float32(changes):
+    model = make(spread=0.1, **changes).eval()
+    tokens, targets = batch(BLOCK)
+    expected, logits = model(tokens, targets), model.logits(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, cache = model(tokens, targets), model.make_cache(B, torch.bfloat16)
+        model.hidden(tokens[:, :T], cache)
+        last = model.head(model.hidden(tokens[:, T:], cache, T))
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(last.float(), logits[:, T:], rtol=0.05, atol=0.1)
+
+
+@each_switch
+def test_with_a_switch_weights_are_read_back_and_cropped(changes, tmp_path):
+    model = make(**changes)
+    model.crop_block_size(T)
+    loaded = load_model(write_checkpoint(tmp_path, model))
+    tokens, _ = batch()
+    assert loaded.config == model.config and loaded.config.block_size == T
+    assert torch.equal(loaded.logits(tokens), model.logits(tokens))
+    with pytest.raises(ValueError, match=f"block_size={T}"):
+        loaded.logits(batch(T + 1)[0])
+
+
+@each_switch
+def test_with_a_switch_the_model_is_one_graph(changes):
+    torch._dynamo.reset()  # it compiles one function only so many times
+    model = make(**changes)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(*batch()), model(*batch()))
+
+
+def test_a_checkpoint_from_before_the_switches_is_gpt2(tmp_path):
+    folder = write_checkpoint(tmp_path, make())
+    sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    (folder / "meta.json").write_text(json.dumps({"model": {k: getattr(CONFIG, k) for k in sizes}}))
+    assert load_model(folder).config == CONFIG
+
+
+def test_first_weights_of_zero_init():
+    model = GPT(replace(CONFIG, **{**ALL, "vocab_size": 211}), torch.Generator().manual_seed(1))
+    for name, p in model.named_parameters():
+        if name.endswith(("c_proj.weight", "lm_head.weight", "gate.weight", "x0_lambda")):
+            assert (p == 0).all(), name
+        elif name.endswith("resid_lambda"):
+            assert (p == 1).all(), name
+        else:
+            expected = 1.0 if "wte" in name else 1 / math.sqrt(3 * 24)
+            assert p.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * p.numel())), name
+
+
 # ---------------------------------------------------------------------- the shape comments
 
-TRACED = ("forward", "hidden", "head", "logits")
+TRACED = ("forward", "hidden", "head", "logits", "rotation", "rotate", "swiglu")
 
 
 def check_shape_comments(path, module):
@@ -125,11 +286,12 @@ def check_shape_comments(path, module):
                 if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return)):
                     for line in range(node.lineno, node.end_lineno + 1):
                         statements[line] = node
-    sizes = {"B": B, "T": T, "H": H, "D": D, "C": C, "V": V}
+    sizes = {"B": B, "T": T, "V": V}
     reached, right, complaints = set(), set(), {}  # complaints: a set in order
 
     def check(node, values):
         reached.add(node.lineno)
+        values = [v for value in values for v in (value if type(value) is tuple else (value,))]
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         if not tensors:
             return
@@ -169,18 +331,21 @@ def check_shape_comments(path, module):
 
         return trace_line
 
-    gpt = module.GPT(module.GPTConfig(**asdict(CONFIG)))
     tokens, targets = batch()
     before = sys.gettrace()
-    sys.settrace(trace_call)
-    try:
-        gpt(tokens, targets)
-        cache = gpt.make_cache(B)
-        for start in (0, 3, torch.tensor(3)):
-            sizes["S"] = BLOCK if isinstance(start, torch.Tensor) else start + T
-            gpt.hidden(tokens, cache, start)
-    finally:
-        sys.settrace(before)
+    for config in (CONFIG, replace(CONFIG, **ALL)):
+        sizes.update(H=config.n_head, K=config.kv_heads, D=config.head_dim, C=config.n_embd,
+                     M=64 if config.mlp == "swiglu" else 4 * config.n_embd)
+        gpt = module.GPT(module.GPTConfig(**asdict(config)))
+        sys.settrace(trace_call)
+        try:
+            gpt(tokens, targets)
+            cache = gpt.make_cache(B)
+            for start in (0, 3, torch.tensor(3)):
+                sizes["S"] = BLOCK if isinstance(start, torch.Tensor) else start + T
+                gpt.hidden(tokens, cache, start)
+        finally:
+            sys.settrace(before)
     for node in set(statements.values()):  # those that the forward pass did not come by
         if node.lineno not in reached:
             complaints[f"line {node.lineno} was not reached"] = True
@@ -191,16 +356,19 @@ def test_every_shape_comment_of_the_forward_pass_is_right():
     assert len({B, T, H, D, C, V, 3 * C, 4 * C, B * T}) == 9  # or a wrong one could pass
     right, complaints = check_shape_comments(Path(model_file.__file__), model_file)
     assert not complaints
-    assert len(right) >= 15
+    assert len(right) >= 35
 
 
 @pytest.mark.parametrize(("old", "new", "complaint"), [
-    ("# (B, T, 3*C)", "# (B, T, C)", "(B, T, C) is (2, 5, 63)"),
-    ("# each (B, H, T, D)", "# each (B, T, H, D)", "(B, T, H, D) is (2, 3, 5, 7)"),
+    ("# (B, H + 2*K, T, D)", "# (B, H, T, D)", "(B, H, T, D) is (2, 9, 5, 7)"),
+    ("q = qk[:, :H]  # (B, H, T, D)", "q = qk[:, :H]  # (B, T, H, D)", "is (2, 3, 5, 7)"),
+    ("# (B, K, T)", "# (B, T, K)", "(B, T, K) is (2, 3, 5)"),
+    ("# each (..., T, D/2)", "# each (..., T, D)", "is (2, 9, 5, 2)"),
+    ("# each (T, D/2)", "# each (D/2, T)", "(D/2, T) is (5, 2)"),
     ("# (B*T,)", "# (B, T)", "(B, T) is (10,)"),
     ("# (..., V)", "# (..., C)", "(..., C) is (2, 5, 11)"),
     ("# (T,)", "# positions", "no shape comment"),
-    ("k, v = cache  # each (B, H, S, D)", "k, v = cache  # each (B, H, T, D)", "(2, 3, 8, 7)"),
+    ("k, v = cache  # each (B, K, S, D)", "k, v = cache  # each (B, K, T, D)", "(2, 3, 8, 7)"),
     ("# (T, S)", "# (S, T)", "(S, T) is (5, 8)"),
     ("return self.head(self.hidden(tokens))  # (B, T, V)",
      "return self.head(self.hidden(tokens))", "no shape comment"),
@@ -432,6 +600,12 @@ def test_crop_block_size():
     ({"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
     ({"dropout": -0.1}, "dropout=-0.1: must be at least 0 and below 1"),
     ({"dropout": math.nan}, "dropout=nan"),
+    ({"softcap": -1.0}, "softcap=-1.0: must be 0 or more"),
+    ({"softcap": math.inf}, "softcap=inf: must be 0 or more, and finite"),
+    ({"mlp": "relu"}, "mlp='relu': choose gelu, relu2, swiglu"),
+    ({"n_kv_head": 2}, "n_kv_head=2 does not divide n_head=3"),
+    ({"n_kv_head": -1}, "n_kv_head=-1: must be 0 or more"),
+    ({"rope": True}, "rope=True turns pairs.* 7 must be even"),
 ])
 def test_impossible_sizes(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -453,6 +627,16 @@ def test_flops_per_token_of_gpt2():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257))
     assert model.flops_per_token() == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+
+
+def test_flops_leave_out_what_is_only_looked_up():
+    model = make(**ALL)
+    matrices = 24 * (24 + 24) + 24 * 24 + 24 * 128 + 64 * 24  # c_attn, c_proj, c_fc, c_proj
+    others = 12 * 3 + 2 * LAYERS + V * 24  # a gate, scalars, the head
+    assert model.flops_per_token() == (6 * (LAYERS * matrices + others)
+                                       + 12 * LAYERS * 24 * BLOCK)
+    tables = V * 24 + V * 12
+    assert model.parameter_count() == LAYERS * matrices + others + tables
 
 
 # ---------------------------------------------------------------------- files

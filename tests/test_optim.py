@@ -1,21 +1,22 @@
-"""optim.py: the parameter groups, AdamW, the schedule."""
+"""optim.py: the parameter groups, AdamW, Muon, the schedules."""
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import adamw, lr_at
+from optim import Muon, adamw, lr_at, muon_and_adamw, orthogonal, owner, set_rates
 
 CONFIG = GPTConfig(block_size=13, vocab_size=11, n_layer=2, n_head=3, n_embd=21)
 LR, DECAY, BETAS = 1e-2, 0.3, (0.8, 0.9)
 
 
-def make():
+def make(**changes):
     """A tiny model with a gradient on every parameter."""
-    model = GPT(CONFIG, torch.Generator().manual_seed(1))
+    model = GPT(replace(CONFIG, **changes), torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
@@ -81,6 +82,157 @@ def test_later_steps_are_those_of_torchs_plain_adamw():
             q.grad.mul_(-0.7).add_(0.1)
 
 
+# ---------------------------------------------------------------------- Muon
+
+MODERN = dict(bias=False, rope=True, n_embd=24, n_head=6, n_kv_head=3, mlp="swiglu", tied=False,
+              value_embeds=True, residual_scalars=True)
+
+
+def both(model, **changes):
+    return muon_and_adamw(model, **{**dict(learning_rate=0.004, weight_decay=0.0, betas=BETAS,
+                                           muon_lr=0.02, embed_lr=0.3), **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, MODERN, dict(rmsnorm=True)])
+def test_muon_and_adamw_own_each_parameter_once_at_its_rate(changes):
+    model = make(**changes)
+    optimizer = both(model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(listed) == len(rates) == len(list(model.parameters()))
+    s = math.sqrt(model.config.n_embd / 768)
+    expected = {"c_attn": 0.02, "c_fc": 0.02, "c_proj": 0.02, "lm_head": 0.004 / s,
+                "wpe": 0.004 / s, "wte": (0.004 if model.config.tied else 0.3) / s,
+                "value_embed": 0.15 / s, "resid_lambda": 0.005, "x0_lambda": 0.1}
+    for name, p in model.named_parameters():
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        assert rates[id(p)] == pytest.approx(expected.get(kind, 0.015)), name
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_parameter_of_no_kind_is_refused_by_name():
+    model = make()
+    model.transformer.adapter = torch.nn.Linear(5, 7, bias=False)
+    with pytest.raises(ValueError, match=r"transformer.adapter.weight, \(7, 5\): neither"):
+        both(model)
+    with pytest.raises(ValueError, match="h.0.c_fc.weight"):
+        owner("h.0.c_fc.weight", torch.zeros(2, 3, 5), True)
+    with pytest.raises(ValueError, match=r"not a parameter of \(3,\)"):
+        Muon([torch.nn.Parameter(torch.zeros(3))], [[3]], 0.02, 0.0)
+
+
+def test_frozen_parameters_are_left_to_neither():
+    model = make()
+    model.transformer.h[0].requires_grad_(False)
+    listed = [p for group in both(model).param_groups for p in group["params"]]
+    assert len(listed) == 12 + 4
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 48, 24), (2, 24, 96)])
+def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = orthogonal(x)
+    u, values, v = torch.linalg.svd(x, full_matrices=False)
+    small = torch.linalg.svdvals(found)
+    assert found.shape == shape and 0.3 < small.min() and small.max() < 1.3
+    inside = u.mT @ found @ v.mT  # diagonal, as the directions are those of x
+    off = inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() < 1e-9
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_is_torchs_for_a_matrix_in_one_part():
+    """torch.optim.Muon multiplies in bfloat16, and so does ours here."""
+    generator = torch.Generator().manual_seed(1)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator))
+            for shape in ((21, 21), (84, 21), (21, 84), (21, 21))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = Muon(ours, [[len(p)] for p in ours], 0.02, 0.0, torch.bfloat16)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0)
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        before = [p.detach().clone() for p in ours]
+        a.step()
+        b.step()
+        for p, q, old in zip(ours, theirs, before, strict=True):
+            assert (p - q).norm() < 0.02 * (p - old).norm()
+
+
+def test_queries_keys_and_values_are_matrices_of_their_own():
+    model = make(**MODERN)
+    both(model, weight_decay=0.0).step()
+    fresh = make(**MODERN)
+    for name, rows in (("attn.c_attn", [24, 12, 12]), ("mlp.c_fc", [64, 64])):
+        name = f"transformer.h.1.{name}.weight"
+        p, old = model.get_parameter(name), fresh.get_parameter(name)
+        moved = zip((old - p).split(rows), old.grad.split(rows), strict=True)
+        for update, gradient in moved:
+            expected = orthogonal(gradient[None])[0] * max(1, len(gradient) / 24) ** 0.5
+            torch.testing.assert_close(update, 0.02 * expected, rtol=1e-3, atol=1e-5)
+
+
+def test_decay_is_cautious():
+    """It acts only where the update has the sign of the weight."""
+    with_decay, without = make(), make()
+    both(with_decay, weight_decay=0.5).step()
+    both(without).step()
+    for name, p in with_decay.named_parameters():
+        old, other = make().get_parameter(name), without.get_parameter(name)
+        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+            agree = (old - other) * old > 0
+            assert 0.2 < agree.float().mean() < 0.8
+            torch.testing.assert_close(p, other - 0.02 * 0.5 * old * agree)
+        else:
+            assert torch.equal(p, other)
+
+
+def test_muon_goes_on_exactly_from_its_saved_state(tmp_path):
+    model = make(**MODERN)
+    optimizer = both(model, weight_decay=0.1)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other = copy.deepcopy(model)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    resumed = both(other, weight_decay=0.1)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for one in (optimizer, resumed):
+        one.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_each_group_has_its_share_of_its_own_peak_and_momentum_warms_up():
+    optimizer = both(make())
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    for number, momentum in ((0, 0.85), (150, 0.9), (300, 0.95), (1000, 0.95)):
+        set_rates(optimizer, peaks, 0.25, number)
+        assert [group["lr"] for group in optimizer.param_groups] == [p / 4 for p in peaks]
+        assert optimizer.param_groups[0]["momentum"] == pytest.approx(momentum)
+
+
+def test_an_infinite_gradient_in_float16_skips_both_optimizers():
+    for wrong in (True, False):
+        model = make()
+        optimizer, scaler = both(model), torch.amp.GradScaler("cpu")
+        scaler.scale(torch.zeros(()))
+        if wrong:
+            model.transformer.ln_f.weight.grad[3] = math.inf
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+        assert all(same) if wrong else not any(same)
+
+
+# ---------------------------------------------------------------------- the schedules
+
 PEAK, LEAST, WARMUP, END = 6e-4, 6e-5, 7, 53
 
 
@@ -118,3 +270,16 @@ def test_the_schedules_edges():
     assert lr_at(WARMUP, PEAK, LEAST, WARMUP, 3) == LEAST
     assert lr_at(WARMUP, PEAK, LEAST, WARMUP, WARMUP) == LEAST  # no division by zero
     assert lr_at(0, PEAK, LEAST, 0, 0) == LEAST
+
+
+def test_warm_up_stable_decay():
+    rates = [lr_at(i, PEAK, LEAST, 7, 100, "wsd", 0.4) for i in range(103)]
+    assert rates[:7] == [PEAK * (i + 1) / 8 for i in range(7)]
+    assert rates[7:61] == pytest.approx([PEAK] * 54)
+    assert rates[80] == pytest.approx((PEAK + LEAST) / 2)
+    assert rates[100] == rates[102] == LEAST
+    steps = [a - b for a, b in zip(rates[60:100], rates[61:], strict=False)]
+    assert steps == pytest.approx([(PEAK - LEAST) / 40] * 40)
+    assert lr_at(0, PEAK, LEAST, 0, 100, "wsd", 1.0) == pytest.approx(PEAK)
+    with pytest.raises(ValueError, match="schedule='step': choose cosine or wsd"):
+        lr_at(0, PEAK, LEAST, 0, 100, "step")

@@ -232,6 +232,17 @@ def test_bfloat16_sampling_runs_and_its_matrices_are_converted_once():
     torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.3)
 
 
+def test_an_untied_embedding_stays_float32_and_with_it_the_residual_stream():
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=3, n_embd=24, rope=True,
+                          rmsnorm=True, tied=False, bias=False)).eval()
+    hold_in(model, torch.bfloat16)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    assert kinds.pop("transformer.wte.weight") == torch.float32
+    assert set(kinds.values()) == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden(torch.tensor([[3, 1, 4]])).dtype == torch.float32
+
+
 def draw_one(logits, temperature, top_k, generator, top_p=1.0):
     chance = torch.rand(1, dtype=torch.float64, generator=generator)
     return int(draw(torch.as_tensor(logits)[None], temperature, top_k, top_p, chance))
