@@ -3,13 +3,14 @@
 # PYTHON=python3.12 chooses the interpreter, ARGS='--max_iters=50' adds settings to the training.
 
 PYTHON ?= python3
-RUN = out/stdlib
+CONFIG = config/train_stdlib_modern.py
+RUN = out/stdlib_modern
 PY = .venv/bin/python
 
 .PHONY: train test lint venv clean
 
 train: .venv/installed data/stdlib/meta.json
-	$(PY) train.py config/train_stdlib.py $(ARGS) \
+	$(PY) train.py $(CONFIG) $(ARGS) \
 	    --init_from=$$([ -f $(RUN)/latest ] && echo resume || echo scratch)
 	@echo "loss curve: $(RUN)/loss.png; a sample:"
 	$(PY) sample.py --out_dir=$(RUN) --num_samples=1 --start="def "

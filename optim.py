@@ -163,6 +163,10 @@ class Together:
     def param_groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    @property
+    def state(self):
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
     def step(self):
         for optimizer in self.optimizers:
             optimizer.step()
