@@ -110,8 +110,12 @@ def setup(device="auto", dtype="auto", backend="auto"):
         if backend == "nccl" and device.type != "cuda":
             raise ValueError(f"backend='nccl' needs CUDA, the device is {device.type}; "
                              "use --backend=gloo or auto")
+        # torchrun --max-restarts keeps its store, in which the old processes' addresses still are
+        store, *_ = next(dist.rendezvous("env://", rank, world_size))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         # with NCCL gloo too, for what the processes agree on without their GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
+                                store=store, rank=rank, world_size=world_size)
     return Runtime(device, dtype, rank, local_rank, world_size)
 
 

@@ -504,7 +504,7 @@ def test_pointers_stay_in_the_run_s_folder(tmp_path, dataset, pointer, capsys):
 # ---------------------------------------------------------------------- several processes
 
 
-def torchrun(out_dir, dataset, *flags, start="", **settings):
+def torchrun(out_dir, dataset, *flags, start="", restarts=0, **settings):
     """Start train.py in two processes, with `start` run before in each; return the Popen."""
     code = f"import os, sys, time, train, configurator\n{start}\ntrain.draw_loss = id\n" \
            "configurator.run(train.main, more_defaults=train.checkpoint_defaults)\n"
@@ -513,7 +513,7 @@ def torchrun(out_dir, dataset, *flags, start="", **settings):
     settings = {**TINY, "gradient_accumulation_steps": 4, **settings}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(script), f"--out_dir={out_dir}", f"--dataset={dataset}",
+         f"--max-restarts={restarts}", str(script), f"--out_dir={out_dir}", f"--dataset={dataset}",
          *as_flags(**settings), *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
@@ -541,6 +541,11 @@ def test_two_processes_stop_at_the_same_iteration_and_go_on(tmp_path, dataset):
     done = torchrun(tmp_path / "run", dataset, "--init_from=auto")
     assert done.wait(120) == 0, done.stdout.read()
     assert same_end(tmp_path / "whole", tmp_path / "run")
+    # one is killed: torchrun starts both again, and they go on from the last checkpoint
+    done = torchrun(tmp_path / "killed", dataset, "--init_from=auto", restarts=1,
+                    start=AT_STEP.format("os.kill(os.getpid(), 9)"))
+    assert done.wait(120) == 0, done.stdout.read()
+    assert same_end(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_process_that_fails_ends_the_others_with_its_error(tmp_path, dataset):
