@@ -18,6 +18,7 @@ import torch
 
 import train
 from configurator import run
+from metrics import mfu
 from model import GPT, GPTConfig
 from runtime import compile_model, describe, setup
 from tokens import Mixture, load_meta, parse_mix
@@ -92,7 +93,7 @@ def print_times(times, tokens, model, runtime):
         "ms_min": 1000 * whole[0],
         "ms_max": 1000 * whole[-1],
         "tokens_per_s": tokens / median,
-        **train.mfu(model, tokens / median, runtime),
+        **mfu(model, tokens / median, runtime),
         "batch_source_share": statistics.median(read / seconds for read, seconds in times),
         "peak_memory_mb": peak_memory(runtime) / 1e6,
     }

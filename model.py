@@ -322,13 +322,15 @@ class GPT(nn.Module):
         return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
 
 
-def save_weights(model, folder):
-    """Write a model's weights into an existing folder, as model.safetensors."""
+def save_weights(weights, folder):
+    """Write weights, those of a model or {name: tensor}, into an existing folder, as
+    model.safetensors."""
     from safetensors.torch import save_file
 
     path = Path(folder) / "model.safetensors"
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    save_file(weights, path)
+    if isinstance(weights, nn.Module):
+        weights = weights.state_dict()
+    save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, path)
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -75,14 +76,33 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
 
-    def wrap(self, model):
-        """Return the model for training: DistributedDataParallel where there are processes."""
+    def wrap(self, model, fsdp=False):
+        """Return the model on its device, ready for training: with several processes in DDP, where
+        each has all of it, or with fsdp=True in FSDP2 (Zhao et al. 2023, arXiv 2304.11277), where
+        each has a part of each parameter, and a block is whole only while it is at work."""
+        if not fsdp or self.world_size == 1:
+            model.to(self.device)
         if self.world_size == 1:
+            return model
+        if fsdp:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+            mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+            low = {} if self.dtype == torch.float32 else {"param_dtype": self.dtype,
+                                                          "reduce_dtype": torch.float32}
+            for part in (*model.transformer.h, model):  # the model's own: all that is in no block
+                fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**low))
             return model
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def accumulate(self, model, last):
+        """Return the context of one micro-step: DDP sums gradients over processes in the last one
+        only. FSDP2 does in each, because it keeps no whole gradients."""
+        return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
 
     def close(self):
         if self.world_size > 1:
@@ -264,6 +284,21 @@ def describe(runtime):
     return (f"device {runtime.device}{f' ({name})' if name else ''}, "
             f"dtype {str(runtime.dtype).removeprefix('torch.')}, "
             f"{runtime.world_size} process{'es' * (runtime.world_size > 1)}")
+
+
+def whole(tensor):
+    """Return a tensor that FSDP2 shares out over the processes, gathered; others as they are. All
+    processes must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(p, tensor):
+    """Return a tensor, whole on all processes, shared out as a parameter of its shape is."""
+    if not hasattr(p, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def seed_for(*purpose):

@@ -7,12 +7,15 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import in_processes
 from safetensors.torch import load_file
 
 import configurator
@@ -21,7 +24,7 @@ import tokens as token_files
 import train
 from model import GPT, IGNORE, GPTConfig
 from optim import adamw
-from runtime import Runtime
+from runtime import Runtime, setup, whole
 from tokens import Mixture, TokenReader, parse_mix
 
 ROOT = Path(train.__file__).parent
@@ -327,7 +330,8 @@ def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, m
     land("part_0.bin")  # 29 sequences, and an iteration takes 6
     with monkeypatch.context() as patch:  # the other 31; the third is not needed
         patch.setattr(token_files, "PATIENCE", 5)
-        patch.setattr(token_files.time, "sleep", lambda seconds: land("part_1.bin"))
+        patch.setattr(token_files, "time", SimpleNamespace(
+            monotonic=time.monotonic, sleep=lambda seconds: land("part_1.bin")))
         landed = do_run(tmp_path / "first", f"{folder}")
     assert capsys.readouterr().err.count("waiting for ") == 1
     assert landed == do_run(tmp_path / "second", f"{folder}")
@@ -513,32 +517,72 @@ def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
 # ---------------------------------------------------------------------- several processes
 
 
-def torchrun(processes, out_dir, dataset, **settings):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", "train.py", f"--out_dir={out_dir}",
-               f"--dataset={dataset}", *as_flags(**{**TINY, **settings})]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("settings", [
+    {}, dict(fsdp=True), dict(optimizer="muon"), dict(optimizer="muon", fsdp=True)], ids=str)
+def test_two_processes_are_one(tmp_path, dataset, settings):
+    """One process, the same accumulated, two in DDP or FSDP: the same iterations."""
+    one = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=1, batch_size=8,
+                 eval_iters=1, **{**settings, "fsdp": False})
+    codes, said = in_processes(2, lambda rank: do_run(
+        tmp_path / "two", dataset, gradient_accumulation_steps=4, eval_iters=4, **settings))
+    assert codes == [0, 0], said
+    do_run(tmp_path / "accumulated", dataset, gradient_accumulation_steps=4, eval_iters=4,
+           **{**settings, "fsdp": False})
+    for name in ("two", "accumulated"):
+        rows = rows_of(tmp_path / name)
+        assert [row["iter"] for row in rows] == [row["iter"] for row in one]
+        for key in ("loss", "val_loss", "grad_norm"):
+            found = [row[key] for row in rows if key in row]
+            assert found == pytest.approx([row[key] for row in one if key in row], abs=1e-4)
+        a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / name)
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=2e-3, rtol=0)
+    assert (said[0] + said[1]).count("iter  9/10") == 1  # one process talks
 
 
-def test_two_processes_are_one(tmp_path, dataset):
-    one = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=4, dropout=0.0)
-    done = torchrun(2, tmp_path / "two", dataset, gradient_accumulation_steps=4)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = rows_of(tmp_path / "two")
-    assert [row["iter"] for row in two] == [row["iter"] for row in one]
-    for key in ("loss", "val_loss", "grad_norm"):
-        found = [row[key] for row in two if key in row]
-        assert found == pytest.approx([row[key] for row in one if key in row], abs=1e-4)
-    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)
-    assert done.stdout.count("iter  9/10") == 1  # one process talks
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_have_the_gradients_of_one(dataset, fsdp):
+    """Accumulated over two micro-steps on each of two processes."""
+    data, gradients = Mixture({dataset: 1}, "train", 13), {}
+    config = {"batch_size": 2, "block_size": 13, "seed": 5}
+
+    class Gradients:  # in the optimizer's place
+        param_groups = [{"fused": True}]
+
+        def __init__(self, model):
+            self.model = model
+
+        def step(self):
+            gradients.update({name: whole(p.grad) for name, p in self.model.named_parameters()})
+
+        def zero_grad(self, set_to_none):
+            pass
+
+    def gradients_of(runtime, micro_steps):
+        model = GPT(GPTConfig(13, 64, 2, 3, 21), torch.Generator().manual_seed(5))
+        wrapped = runtime.wrap(model, fsdp)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        batches = train.load_batches(data, 0, micro_steps, config, model, runtime)
+        train.train_step(wrapped, Gradients(model), scaler, batches, 0.0, runtime)
+        return gradients
+
+    one = dict(gradients_of(CPU, 4))
+
+    def compare(rank):
+        found = gradients_of(setup("cpu", "float32"), 2)
+        assert list(found) == list(one)
+        for name in one:
+            torch.testing.assert_close(found[name], one[name], atol=1e-6, rtol=1e-4)
+
+    codes, said = in_processes(2, compare)
+    assert codes == [0, 0], said
 
 
 def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
-    done = torchrun(2, tmp_path / "run", dataset, gradient_accumulation_steps=3)
-    assert "error: gradient_accumulation_steps=3 is shared out over 2 processes" in done.stderr
+    flags = as_flags(**{**TINY, "out_dir": tmp_path / "run", "dataset": dataset})
+    codes, said = in_processes(2, lambda rank: configurator.run(train.main, argv=flags))
+    assert codes == [2, 2]
+    assert "error: gradient_accumulation_steps=3 is shared out over 2 processes" in said[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -561,6 +605,7 @@ def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
     (["--dataset=nowhere"], "python prepare.py --dataset=nowhere"),
     (["--device=gpu"], "device='gpu'"),
     (["--device=cuda:77"], "device='cuda:77'"),
+    (["--fsdp=True", "--dtype=float16"], "fsdp=True with dtype='float16'"),
     (["--dtype=float8"], "dtype='float8': choose auto, float32, bfloat16, float16"),
     (["--compile=maybe"], "compile='maybe'"),
     (["--init_from=gpt3"], "gpt3: no checkpoint here"),
