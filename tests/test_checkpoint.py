@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -636,3 +637,27 @@ def test_torchrun_starts_processes_again_that_failed_or_were_killed(tmp_path, da
     assert done.returncode == 0, done.stderr[-3000:]
     assert "KeyError: 'a bug of rank 1'" in done.stderr and time.monotonic() - began < 100
     assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_slurm_script_starts_a_run_on_two_nodes(tmp_path, dataset):
+    """README's script, with SLURM's commands played: srun starts it once per node."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", text, flags=re.S)[1]
+    settings = {**TINY, "gradient_accumulation_steps": 2, "dataset": dataset,
+                "out_dir": tmp_path / "run"}
+    changed = script.replace("config/train_gpt2.py", " ".join(as_flags(**settings)))
+    changed = changed.replace("--nproc_per_node=8", "--nproc_per_node=1").replace("29500", "29547")
+    assert len(changed.splitlines()) == len(script.splitlines()) and changed != script
+    (tmp_path / "job.sh").write_text(changed)
+    for name, body in (("srun", '"$@" & "$@" & wait -n && wait -n'), ("scontrol", "echo localhost"),
+                       ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", tmp_path / "job.sh"], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2",
+             "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout
+    alone = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=2)
+    assert losses_of(rows_of(tmp_path / "run")) == pytest.approx(losses_of(alone), abs=1e-4)
