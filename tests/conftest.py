@@ -44,7 +44,8 @@ def web():
 def in_processes(count, function, **env):
     """Call function(rank) in that many processes as torchrun starts them, each a fork of this one:
     nothing is imported anew. Return (exit codes, what each printed)."""
-    import torch.distributed.fsdp  # noqa: F401  (it takes seconds)
+    import torch._dynamo  # noqa: F401  (the first update would, in each)
+    import torch.distributed.fsdp  # noqa: F401
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
