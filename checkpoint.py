@@ -229,6 +229,7 @@ def read_meta(folder):
                 isinstance(config.get(name, ""), str) for name in ("mix", "dataset"))),
             ("iter_num", is_number(meta.get("iter_num", 0), int)),
             ("tokens", is_number(meta.get("tokens", 0), int)),
+            ("minutes", is_number(meta.get("minutes", 0), float)),
             ("best_val_loss", is_number(meta.get("best_val_loss", 0), float)),
             ("bad_steps", isinstance(bad_steps, list) and len(bad_steps) == 2
              and all(is_number(value, float) for value in bad_steps)),

@@ -117,6 +117,7 @@ class Log:
         self.bad = torch.tensor(before.get("bad_steps", [0, 0]), dtype=torch.float32,
                                 device=runtime.device)
         self.norm_mean, self.all_done = None, 0  # of this process's run
+        self.began = time.perf_counter() - 60 * before.get("minutes", 0)
         self.restart_clock()
 
     def restart_clock(self):
@@ -124,6 +125,15 @@ class Log:
         self.since, self.done = time.perf_counter(), 0
         if not self.all_done:
             self.all_since = self.since
+
+    def minutes(self):
+        """Return how long the run has trained, before it was resumed too."""
+        return (time.perf_counter() - self.began) / 60
+
+    def used(self):
+        """Return the share of max_minutes that is used up; 0 where there is no such limit."""
+        limit = self.config["max_minutes"]
+        return self.minutes() / limit if limit else 0.0
 
     def evaluation(self, iter_num, row):
         self.record({"iter": iter_num, "tokens": iter_num * self.tokens_per_iter, **row})
@@ -145,6 +155,8 @@ class Log:
         now, max_iters = time.perf_counter(), self.config["max_iters"]
         seconds = (now - self.since) / self.done
         left = (now - self.all_since) / self.all_done * (max_iters - iter_num - 1)
+        if limit := self.config["max_minutes"]:
+            left = max(0, min(left, 60 * (limit - self.minutes())))
         self.since, self.done = now, 0
         row = {"iter": iter_num, "tokens": (iter_num + 1) * self.tokens_per_iter, "loss": loss,
                "grad_norm": norm, "lr": lr, "ms": 1000 * seconds,

@@ -58,6 +58,8 @@ class GPTConfig:
                        key=lambda h: abs(h - self.n_head))
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                              f"the nearest n_head that divides it is {near}")
+        if self.n_layer > 10_000:  # a typing error, or a stranger's: it would take hours to refuse
+            raise ValueError(f"n_layer={self.n_layer}: must be at most 10000")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if not 0 <= self.softcap < math.inf:

@@ -223,22 +223,25 @@ def set_rates(optimizer, peaks, share, iter_num):
 
 
 def lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, schedule="cosine",
-          decay_share=0.5):
+          decay_share=0.5, used=None):
     """Return the learning rate of one iteration: linear warm-up, then down to min_lr.
 
     The first iteration is already above 0, the peak is reached at warmup_iters, min_lr at
     lr_decay_iters (Radford et al. 2018; nanoGPT's get_lr). cosine falls all the way; wsd stays at
     the peak, and falls linearly over the last decay_share of lr_decay_iters (Hu et al. 2024,
-    MiniCPM; Haegele et al. 2024).
+    MiniCPM; Haegele et al. 2024). used: of a budget that is not counted in iterations, the share
+    that is used up, which takes the place of iter_num / lr_decay_iters after the warm-up.
     """
     if schedule not in ("cosine", "wsd"):
         raise ValueError(f"schedule={schedule!r}: choose cosine or wsd")
     if iter_num < warmup_iters:
         return learning_rate * (iter_num + 1) / (warmup_iters + 1)
-    if iter_num >= lr_decay_iters:
+    if iter_num >= lr_decay_iters if used is None else used >= 1:
         return min_lr
     if schedule == "wsd":
-        left = (lr_decay_iters - iter_num) / lr_decay_iters
+        left = (lr_decay_iters - iter_num) / lr_decay_iters if used is None else 1 - used
         return min_lr + min(1.0, left / decay_share) * (learning_rate - min_lr)
-    progress = (iter_num - warmup_iters) / (lr_decay_iters - warmup_iters)
+    progress = used
+    if used is None:
+        progress = (iter_num - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

@@ -41,6 +41,7 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    backend: str = "gloo"  # between processes
 
     @property
     def is_main(self):
@@ -68,13 +69,13 @@ class Runtime:
             dist.all_reduce(tensor)  # SUM: gloo has no average
         return tensor
 
-    def agree(self, number):
-        """Return the largest of all processes' numbers. Between CPUs: the GPU does not wait."""
+    def agree(self, *numbers):
+        """Return of each number the largest that a process has. Between CPUs: no GPU waits."""
         if self.world_size == 1:
-            return number
-        tensor = torch.tensor(number)
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.item()
+        return tensor.tolist()
 
     def wrap(self, model, fsdp=False):
         """Return the model on its device, ready for training: with several processes in DDP, where
@@ -84,6 +85,7 @@ class Runtime:
             model.to(self.device)
         if self.world_size == 1:
             return model
+        self.join()
         if fsdp:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -99,6 +101,16 @@ class Runtime:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
+    def join(self):
+        """Meet the other processes that torchrun started. So late, by `wrap`, because until then
+        each of them finds a user's mistake alone, and ends with its line and not with a timeout."""
+        # torchrun --max-restarts keeps its store, in which the old processes' addresses still are
+        store, *_ = next(dist.rendezvous("env://", self.rank, self.world_size))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # with NCCL gloo too, for what the processes agree on without their GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.backend == "nccl" else self.backend,
+                                store=store, rank=self.rank, world_size=self.world_size)
+
     def accumulate(self, model, last):
         """Return the context of one micro-step: DDP sums gradients over processes in the last one
         only. FSDP2 does in each, because it keeps no whole gradients."""
@@ -110,7 +122,7 @@ class Runtime:
 
 
 def setup(device="auto", dtype="auto", backend="auto"):
-    """Return the Runtime of this process; join the others that torchrun started.
+    """Return the Runtime of this process.
 
     Raises ValueError for a device, dtype or backend that is unknown or not to be had here.
     """
@@ -124,19 +136,12 @@ def setup(device="auto", dtype="auto", backend="auto"):
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     if backend not in ("auto", "nccl", "gloo"):
         raise ValueError(f"backend={backend!r}: choose auto, nccl or gloo")
-    if world_size > 1:
-        if backend == "auto":
-            backend = "nccl" if device.type == "cuda" else "gloo"
-        if backend == "nccl" and device.type != "cuda":
-            raise ValueError(f"backend='nccl' needs CUDA, the device is {device.type}; "
-                             "use --backend=gloo or auto")
-        # torchrun --max-restarts keeps its store, in which the old processes' addresses still are
-        store, *_ = next(dist.rendezvous("env://", rank, world_size))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        # with NCCL gloo too, for what the processes agree on without their GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
-                                store=store, rank=rank, world_size=world_size)
-    return Runtime(device, dtype, rank, local_rank, world_size)
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size > 1 and backend == "nccl" and device.type != "cuda":
+        raise ValueError(f"backend='nccl' needs CUDA, the device is {device.type}; "
+                         "use --backend=gloo or auto")
+    return Runtime(device, dtype, rank, local_rank, world_size, backend)
 
 
 def pick_device(name, local_rank=None):

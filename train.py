@@ -57,6 +57,8 @@ def main(
     out_dir="",  # where the run goes ('': out/<dataset>, or out/<a>+<b>)
     init_from="scratch",  # scratch, resume, auto (which of them), a checkpoint's folder, gpt2, ...
     max_iters=600000,  # iterations (optimizer updates) in all
+    max_tokens=0,  # or tokens, of which iterations and schedule follow; 0: max_iters
+    max_minutes=0.0,  # or minutes, which the schedule follows: another course each time; 0: any
     eval_interval=2000,  # iterations between evaluations, each with a checkpoint
     eval_iters=200,  # an evaluation reads eval_iters * batch_size sequences, the same each time
     eval_only=False,  # evaluate once and stop, writing nothing
@@ -121,8 +123,12 @@ def main(
     runtime = setup(device, dtype, backend)
     micro_steps = split_batch(config, runtime.world_size)
     tokens_per_iter = micro_steps * runtime.world_size * batch_size * block_size
+    if max_tokens:
+        max_iters = lr_decay_iters = config["max_iters"] = -(-max_tokens // tokens_per_iter)
     train_data, val_data = (Mixture(parse_mix(mix, dataset), split, block_size)
                             for split in ("train", "val"))
+    for reader in (*train_data.readers.values(), *val_data.readers.values()):
+        reader.verify()
     run_dir = run_folder(config)
     place, news = last_whole(run_dir) if resumes else (None, [])
     model, tokenizer, before = make_model(config, place)
@@ -146,15 +152,16 @@ def main(
         "iteration", f"run: {run_dir}", *news]))
 
     iter_num, best_val_loss = before.get("iter_num", 0), before.get("best_val_loss", math.inf)
-    if before and iter_num >= max_iters and not eval_only:
-        runtime.say(f"{run_dir} is already at iteration {iter_num} of max_iters={max_iters}; "
-                    "raise --max_iters to go on")
     saved_at, evaluated, batches, fault = iter_num, "val_loss" in before, None, None
     log = Log(record, model, config, tokens_per_iter, before, run_dir, runtime)
+    if before and (iter_num >= max_iters or log.used() >= 1) and not eval_only:
+        runtime.say(f"{run_dir} is already at its end, iteration {iter_num}; raise "
+                    "--max_iters, --max_tokens or --max_minutes, which it has, to go on")
     with Signals() as signals, checkpoints:
         while True:
-            wish = runtime.agree(DATA_FAULT if fault else signals.wish)  # the same on all processes
-            last, row = iter_num >= max_iters, None
+            # the same on all processes: what stops the run, and how much of its minutes is used
+            wish, used = runtime.agree(DATA_FAULT if fault else signals.wish, log.used())
+            last, row = iter_num >= max_iters or used >= 1, None
             if eval_only or not evaluated and wish != DATA_FAULT and (
                     last or iter_num % eval_interval == 0):
                 row, fault = read(validate, wrapped, model.config, val_data,
@@ -169,6 +176,7 @@ def main(
                 checkpoints.save({
                     "iter_num": iter_num, "tokens": iter_num * tokens_per_iter, **(row or {}),
                     "best_val_loss": best_val_loss, "bad_steps": log.bad.tolist(),
+                    "minutes": log.minutes(),
                     "config": asked, "shards": train_data.shards}, is_best)
                 saved_at = iter_num
             if row and runtime.is_main and not eval_only:
@@ -177,12 +185,13 @@ def main(
                 break
             if wish:
                 checkpoints.wait()
-                obey(wish, fault, signals, run_dir, iter_num, runtime)
+                obey(int(wish), fault, signals, run_dir, iter_num, runtime)
             if row or wish:
                 log.restart_clock()
 
             share = lr_at(iter_num, 1.0, min_lr / learning_rate, warmup_iters, lr_decay_iters,
-                          schedule, decay_share) if decay_lr and learning_rate else 1.0
+                          schedule, decay_share, used if max_minutes else None
+                          ) if decay_lr and learning_rate else 1.0
             set_rates(optimizer, peaks, share, iter_num)
             torch.manual_seed(seed_for(seed, "dropout", iter_num, runtime.rank))
             batches = batches or load_batches(train_data, iter_num, micro_steps, config, model,
@@ -205,8 +214,8 @@ def check(config):
                 "batch_size", "block_size", "gradient_accumulation_steps"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]}: must be 1 or more")
-    for key in ("max_iters", "total_batch_size", "learning_rate", "min_lr", "weight_decay",
-                "grad_clip", "warmup_iters", "muon_lr", "embed_lr"):
+    for key in ("max_iters", "max_tokens", "max_minutes", "total_batch_size", "learning_rate",
+                "min_lr", "weight_decay", "grad_clip", "warmup_iters", "muon_lr", "embed_lr"):
         if config[key] < 0:
             raise ValueError(f"{key}={config[key]}: must be 0 or more")
     if not 0 < config["decay_share"] <= 1:
@@ -396,7 +405,7 @@ def fit_memory(model, optimizer, config, micro_steps, runtime):
         del room
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        if not runtime.agree(full):
+        if not runtime.agree(full)[0]:
             return micro_steps
         if size == 1:
             raise ValueError(f"out of memory with batch_size=1, block_size={config['block_size']}: "
@@ -520,7 +529,7 @@ def evaluate(model, config, data, sequences, batch_size, runtime):
             losses = model(tokens, targets)
         total, count = total + losses.sum().item(), count + (targets != IGNORE).sum().item()
     model.train()
-    if runtime.agree(bool(fault)):
+    if runtime.agree(bool(fault))[0]:
         raise fault or ValueError(OTHER_PROCESS)
     total, count = runtime.sum(torch.tensor([total, count], dtype=torch.float64, device=(
         runtime.device if runtime.world_size > 1 else "cpu"))).tolist()

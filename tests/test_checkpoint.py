@@ -414,6 +414,19 @@ def test_resume_refuses_what_loses_its_place(tmp_path, dataset, mix, settings, s
         do_run(tmp_path / "run", dataset, init_from="resume", max_iters=4, **settings)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_that_changed_since_it_was_prepared_is_noticed(tmp_path, dataset, capsys, split):
+    shutil.copytree(dataset, tmp_path / "data")
+    path = tmp_path / f"data/{split}_000000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[1024 + 100] ^= 1  # another token, of the vocabulary
+    path.write_bytes(raw)
+    assert command_line(*as_flags(**{**TINY, "out_dir": tmp_path / "run",
+                                     "dataset": tmp_path / "data"})) == 2
+    assert f"{path}: its tokens are not those that were prepared" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_token_files_that_changed_are_refused(tmp_path, dataset):
     do_run(tmp_path / "run", dataset, max_iters=2)
     (tmp_path / "x").mkdir()
@@ -523,7 +536,8 @@ def test_a_pickle_in_the_place_of_a_file_is_not_run(tmp_path, dataset, name, cap
 
 @pytest.mark.parametrize("change", [
     {"iter_num": "2"}, {"iter_num": -1}, {"config": []}, {"config": {"n_layer": "many"}},
-    {"config": {"out_dir": "/etc"}}, {"model": {"n_layer": 3}}, {"model": {"x": 1}},
+    {"config": {"out_dir": "/etc"}}, {"model": {"n_layer": 3}},
+    {"model": {"n_layer": 10**9}}, {"model": {"x": 1}},
     {"best_val_loss": []}, {"tokens": "a"}, {"shards": [1]}, {"bad_steps": "x"}, {"shards": {}}])
 def test_a_stranger_s_meta_json_is_at_worst_refused(tmp_path, dataset, change, capsys):
     do_run(tmp_path / "run", dataset, max_iters=2)

@@ -19,11 +19,12 @@ from conftest import in_processes
 from safetensors.torch import load_file
 
 import configurator
+import metrics
 import prepare
 import tokens as token_files
 import train
 from model import GPT, IGNORE, GPTConfig
-from optim import adamw
+from optim import adamw, lr_at
 from runtime import Runtime, setup, whole
 from tokens import Mixture, TokenReader, parse_mix
 
@@ -341,6 +342,41 @@ def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, m
     assert resumed[:10] == landed[:10] and len(losses_of(resumed)) == 12
 
 
+# ---------------------------------------------------------------------- budgets
+
+
+def test_a_budget_of_tokens_is_one_of_iterations(tmp_path, dataset):
+    by_iters = do_run(tmp_path / "iters", dataset, max_iters=7, lr_decay_iters=7)
+    by_tokens = do_run(tmp_path / "tokens", dataset, max_tokens=7 * 78 - 5)
+    assert by_tokens == by_iters and by_iters[-1]["tokens"] == 7 * 78
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_budget_of_minutes_ends_with_a_finished_model(tmp_path, dataset, monkeypatch, capsys,
+                                                        schedule):
+    clock = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    step = train.train_step
+
+    def takes_time(*args):
+        clock[0] += 30  # seconds
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", takes_time)
+    settings = dict(max_iters=1000, lr_decay_iters=3, max_minutes=6.0, schedule=schedule)
+    rows = do_run(tmp_path / "run", dataset, **settings)
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert len(rates) == 12 and rows[-1]["iter"] == 12 and "val_loss" in rows[-1]
+    # the warm-up is in iterations, the rest in minutes from the start
+    wanted = [lr_at(i, 1e-2, 1e-3, 2 if i < 2 else 0, 12, schedule) for i in range(12)]
+    assert rates == pytest.approx(wanted)
+    assert rates[-1] < 0.3 * max(rates)
+    do_run(tmp_path / "run", dataset, init_from="resume", **settings)
+    assert "already at its end, iteration 12" in capsys.readouterr().out
+    more = do_run(tmp_path / "run", dataset, init_from="resume", **{**settings, "max_minutes": 7.})
+    assert more[:-3] == rows and more[-1]["iter"] == 14
+
+
 # ---------------------------------------------------------------------- resume
 
 
@@ -406,7 +442,7 @@ def test_resume_takes_the_run_s_own_settings(tmp_path, dataset, capsys):
 def test_a_finished_run_says_so(tmp_path, dataset, capsys):
     before = do_run(tmp_path / "run", dataset, max_iters=2)
     after = do_run(tmp_path / "run", dataset, max_iters=2, init_from="resume")
-    assert "already at iteration 2 of max_iters=2" in capsys.readouterr().out
+    assert "already at its end, iteration 2; raise --max_iters" in capsys.readouterr().out
     assert after == before
 
 
