@@ -9,6 +9,7 @@ to it ends in one line, never in a traceback.
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -61,6 +63,7 @@ def main(minutes=10.0, seed=1):
             if number >= len(rounds) and time.monotonic() > ends:
                 break
             rounds[number % len(rounds)]()
+            print(number, dict(sorted(counts.items())), file=sys.stderr, flush=True)
     print(json.dumps(dict(sorted(counts.items()))))
     return counts
 
@@ -86,6 +89,7 @@ def start(out_dir, data, *flags, processes=1, largest_file=None):
         with open(path, "w") as error, open(os.devnull, "w") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(error.fileno(), 2)
+            faulthandler.enable(error)
             sys.stdout, sys.stderr = output, error
             if processes > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
@@ -105,9 +109,13 @@ def start(out_dir, data, *flags, processes=1, largest_file=None):
 
 def finish(started, counts=None):
     """Wait for the end; return (the largest exit code, all error output). Counts a traceback, and
-    says it."""
+    one that does not end, and says it."""
     for process, _ in started:
-        process.join()
+        process.join(120)
+        if process.is_alive():
+            counts["hanging"] += 1
+            os.kill(process.pid, signal.SIGABRT)  # which prints where it hangs
+            process.join()
     code = max(process.exitcode for process, _ in started)
     error = "".join(path.read_text() for _, path in started)
     if counts is not None and ("Traceback" in error or code not in (0, 2)):
@@ -137,7 +145,7 @@ def go_on(folder, data, counts, processes=1, **options):
 
 def kill(rng, folder, data, seconds, counts, processes=1):
     """Kill one process of a run several times, at random moments and while a checkpoint is being
-    written, in the background or not. Where there are others, they must end by themselves."""
+    written, in the background or not."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     for _ in range(rng.randint(1, 5)):
@@ -156,10 +164,9 @@ def kill(rng, folder, data, seconds, counts, processes=1):
         counts["kills"] += process.is_alive()
         process.kill()
         for other, path in started:
-            other.join(60)
-            if other.is_alive():
-                counts["hanging"] += 1
-                other.kill()
+            other.join(5)
+            other.kill()  # as torchrun does to one that waits for the dead one
+            other.join()
             counts["tracebacks"] += processes == 1 and "Traceback" in path.read_text()
     go_on(folder, data, counts, processes)
 
