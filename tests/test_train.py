@@ -542,6 +542,22 @@ def test_bfloat16_is_close_to_float32(tmp_path, dataset):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("settings", [dict(dtype="float16"), dict(dtype="bfloat16",
+                                                                  async_checkpoint=True)], ids=str)
+def test_on_a_gpu_resumed_is_uninterrupted(tmp_path, dataset, settings):
+    """But for the order in which a GPU sums."""
+    settings = dict(settings, device="cuda", dropout=0.2, eval_interval=5)
+    whole = do_run(tmp_path / "whole", dataset, **settings)
+    do_run(tmp_path / "parts", dataset, max_iters=5, **settings)
+    parts = do_run(tmp_path / "parts", dataset, init_from="resume", **settings)
+    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-3)
+    a, b = (torch.load(tmp_path / run / "iter_000010/trainer.pt", weights_only=True)["scaler"]
+            for run in ("whole", "parts"))
+    assert a == b and bool(a) == (settings["dtype"] == "float16")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("settings", [dict(), dict(dtype="bfloat16"), dict(dtype="float16"),
                                       dict(dtype="bfloat16", compile="True")], ids=str)
 def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
