@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -116,9 +117,21 @@ class Runtime:
         only. FSDP2 does in each, because it keeps no whole gradients."""
         return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
 
-    def close(self):
-        if self.world_size > 1:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        """Leave the other processes, once joined; after an error without waiting for them."""
+        if self.world_size == 1:
+            return
+        # gloo's threads need Python's lock to drop the last tensors, and torch would hold it while
+        # it waits for them to end, which seized one run in twenty up: let them do it now
+        time.sleep(0.1)
+        if kind in (None, SystemExit):
             dist.destroy_process_group()
+
+    def close(self):
+        self.__exit__(None)
 
 
 def setup(device="auto", dtype="auto", backend="auto"):

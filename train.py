@@ -157,7 +157,7 @@ def main(
     if before and (iter_num >= max_iters or log.used() >= 1) and not eval_only:
         runtime.say(f"{run_dir} is already at its end, iteration {iter_num}; raise "
                     "--max_iters, --max_tokens or --max_minutes, which it has, to go on")
-    with Signals() as signals, checkpoints:
+    with Signals() as signals, checkpoints, runtime:
         while True:
             # the same on all processes: what stops the run, and how much of its minutes is used
             wish, used = runtime.agree(DATA_FAULT if fault else signals.wish, log.used())
@@ -202,7 +202,6 @@ def main(
                                       model, runtime)
             log.iteration(iter_num, learning_rate * share, loss, grad_norm, scaler)
             iter_num, evaluated = iter_num + 1, False
-    runtime.close()
 
 
 # ---------------------------------------------------------------------- before the first iteration
@@ -382,7 +381,6 @@ def obey(wish, fault, signals, run_dir, iter_num, runtime):
     runtime.say(f"{signal.Signals(wish).name}: saved at iteration {iter_num}"
                 + (f"; {go_on}" if wish in signals.STOP else ""))
     if wish in signals.STOP:
-        runtime.close()
         sys.exit(128 + wish)
     signals.saved()
 

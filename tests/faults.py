@@ -116,7 +116,7 @@ def finish(started, counts=None):
             counts["hanging"] += 1
             os.kill(process.pid, signal.SIGABRT)  # which prints where it hangs
             process.join()
-    code = max(process.exitcode for process, _ in started)
+    code = max(process.exitcode % 256 for process, _ in started)  # a signal's is negative
     error = "".join(path.read_text() for _, path in started)
     if counts is not None and ("Traceback" in error or code not in (0, 2)):
         counts["tracebacks"] += 1
