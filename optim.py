@@ -159,7 +159,8 @@ def shared_out(function, x):
     if len(mine):
         part[:len(mine)] = function(mine)
     made = x.new_empty(size * world, *x.shape[1:])
-    dist.all_gather_into_tensor(made, part)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name
+    gather(made, part)
     return made[:len(x)]
 
 
