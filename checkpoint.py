@@ -255,15 +255,20 @@ def load_trainer(folder, optimizer, scaler):
            for group in optimizer.param_groups]
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        for part in getattr(optimizer, "optimizers", [optimizer]):
+            params = [p for group in part.param_groups for p in group["params"]]
+            its = state["optimizer"] if part is optimizer else state["optimizer"][
+                type(part).__name__]
+            for index, values in its["state"].items():
+                for name, value in values.items():
+                    if not isinstance(value, torch.Tensor) or value.shape not in (
+                            params[index].shape, ()):
+                        raise ValueError(f"{name} is not of its parameter's size")
+                    if value.shape:  # shared out while it is in the host's memory
+                        values[name] = like(params[index], value)
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        for p, values in optimizer.state.items():
-            for name, value in list(values.items()):
-                if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
-                    raise ValueError(f"{name} is not of its parameter's size")
-                if value.shape:
-                    values[name] = like(p, value)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
