@@ -30,7 +30,7 @@ import torch
 import train
 from configurator import run
 from model import GPT, GPTConfig
-from runtime import compile_model, memory_needed, pick_device, pick_dtype, setup
+from runtime import compile_model, memory_needed, pick_device, pick_dtype, setup, tune_cpu
 from sample import generate, hold_in, next_tokens
 from tokens import Mixture, load_meta, parse_mix
 
@@ -164,6 +164,7 @@ def time_steps(options, settings):
     """Return the figures of train.py's own step: each iteration after the warm-up is timed alone.
     The memory is what came on top of the process as it was before the model."""
     runtime = setup(settings["device"], settings["dtype"], settings["backend"])
+    tune_cpu(runtime.device)
     before = memory_of(runtime.device, "VmRSS")
     micro_steps = train.split_batch(settings, runtime.world_size)
     data = Mixture(parse_mix(settings["mix"], settings["dataset"]), "train",
@@ -229,6 +230,7 @@ def print_profile(iteration, first, trace, runtime):
 def time_samples(options, settings):
     """Return the tokens/s of sample.py's own loop, greedy, with random weights."""
     runtime = setup(settings["device"], settings["dtype"])
+    tune_cpu(runtime.device)
     model = make_model(settings, True, "cpu").to(runtime.device).eval()
     hold_in(model, runtime.dtype)
     step = partial(next_tokens, model, model.config.vocab_size, 0.0, 0, 1.0, runtime)

@@ -43,6 +43,7 @@ from runtime import (
     peak_flops,
     seed_for,
     setup,
+    tune_cpu,
 )
 from tokenizer import Tokenizer, load_tokenizer
 from tokens import Mixture, parse_mix
@@ -120,6 +121,7 @@ def main(
     asked, init_from = dict(config), config["init_from"]
     check(config)
     runtime = setup(device, dtype, backend)
+    tune_cpu(runtime.device)
     micro_steps = split_batch(config, runtime.world_size)
     tokens_per_iter = micro_steps * runtime.world_size * batch_size * block_size
     train_data, val_data = (Mixture(parse_mix(mix, dataset), split, block_size)
