@@ -30,7 +30,15 @@ import torch
 import train
 from configurator import run
 from model import GPT, GPTConfig
-from runtime import compile_model, memory_needed, pick_device, pick_dtype, setup, tune_cpu
+from runtime import (
+    compile_model,
+    memory_needed,
+    pick_device,
+    pick_dtype,
+    recompute_blocks,
+    setup,
+    tune_cpu,
+)
 from sample import generate, hold_in, next_tokens
 from tokens import Mixture, load_meta, parse_mix
 
@@ -170,6 +178,8 @@ def time_steps(options, settings):
     data = Mixture(parse_mix(settings["mix"], settings["dataset"]), "train",
                    settings["block_size"])
     model = make_model(settings, False, "cpu").to(runtime.device)
+    if settings["activation_checkpointing"]:
+        recompute_blocks(model)
     optimizer = train.make_optimizer(model, settings, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     wrapped = compile_model(runtime.wrap(model), settings["compile"], runtime)
@@ -191,7 +201,8 @@ def time_steps(options, settings):
     runtime.close()
     seconds = statistics.median(whole for _, whole in times)
     tokens = micro_steps * runtime.world_size * settings["batch_size"] * settings["block_size"]
-    estimate = sum(memory_needed(model, settings["batch_size"], runtime.dtype))
+    estimate = sum(memory_needed(model, settings["batch_size"], runtime.dtype,
+                                 settings["activation_checkpointing"]))
     return {"ms": 1000 * seconds, "tokens_per_s": tokens / seconds,
             **train.mfu(model, tokens / seconds, runtime), "warmup_s": first,
             "batch_source_share": statistics.median(read / whole for read, whole in times),

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 IGNORE = -1  # a target that has no loss
+CHUNK = 2**25  # logits that exist at a time, in float32, while a loss of more of them is computed
 
 
 @dataclass
@@ -189,6 +190,68 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
+class HeadLoss(torch.autograd.Function):
+    """The cross-entropy of the head for N tokens, CHUNK logits at a time: (N, V) never exists.
+
+    The gradients are worked out with the losses, while their logits are there. That serves where
+    the losses are summed: all have the same gradient then, which autograd hands over as one number
+    expanded. Where they have not, it is done again (torch's linear_cross_entropy, from 2.13 on,
+    does that always, and has no softcap).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, learns):
+        """Hidden states (N, C), weight (V, C), targets (N,) to losses (N,); learns: is there to be
+        a backward pass?"""
+        ctx.cap, ctx.dtypes = cap, (x.dtype, weight.dtype)
+        kind = x.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        x = x.to(half)  # (N, C)
+        weight = weight.to(half)  # (V, C)
+        with torch.autocast(kind, enabled=False):
+            losses, *slopes = head_losses(x, weight, targets, cap, learns or None)  # (N,)
+        ctx.save_for_backward(x, weight, targets, *slopes)
+        return losses  # (N,)
+
+    @staticmethod
+    def backward(ctx, scale):
+        x, weight, targets, *slopes = ctx.saved_tensors
+        if scale.stride() == (0,):
+            slopes = [slope * scale[0] for slope in slopes]
+        else:
+            _, *slopes = head_losses(x, weight, targets, ctx.cap, scale)
+        return *(s.to(dtype) for s, dtype in zip(slopes, ctx.dtypes, strict=True)), *[None] * 3
+
+
+def head_losses(x, weight, targets, cap, scale):
+    """Return the losses (N,), and the gradients of x (N, C) and of weight (V, C) when scale (N,) is
+    that of the losses; True: 1 for each; None: no gradients. The products are in the dtype of x and
+    weight, all else in float32."""
+    rows = max(1, CHUNK // len(weight))
+    losses, dx = x.new_empty(len(x), dtype=torch.float32), []
+    dw = None if scale is None else torch.zeros_like(weight, dtype=torch.float32)  # (V, C)
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        place, counts = targets[part, None].clamp(min=0), targets[part, None] != IGNORE  # (n, 1)
+        logits = F.linear(x[part], weight).float()  # (n, V)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)  # (n, V)
+        slope = F.log_softmax(logits, -1)  # (n, V)
+        losses[part] = (-slope.gather(-1, place) * counts)[:, 0]
+        if scale is None:
+            continue
+        slope = slope.exp_()  # (n, V): the softmax, and 1 less for the target
+        slope.scatter_add_(-1, place, -torch.ones_like(place, dtype=slope.dtype))
+        if cap:
+            slope *= 1 - (logits / cap).square_()
+        if scale is not True:
+            slope *= scale[part, None]
+        slope = slope.to(x.dtype)  # (n, V)
+        dx.append(slope @ weight * counts)  # (n, C)
+        dw += slope.T @ (x[part] * counts)  # (V, C)
+    return (losses,) if scale is None else (losses, torch.cat(dx), dw)
+
+
 class GPT(nn.Module):
     """The transformer. Its parameters bear nanoGPT's names; a tied head is the token embedding."""
 
@@ -292,9 +355,15 @@ class GPT(nn.Module):
         tokens, targets: (B, T) int64. The caller divides the sum by the number of targets, which
         it alone knows when a batch is accumulated or shared out over devices.
         """
-        logits = self.logits(tokens)  # (B, T, V)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                 ignore_index=IGNORE, reduction="none")  # (B*T,)
+        x = self.hidden(tokens).flatten(0, 1)  # (B*T, C)
+        c, last = self.config, self.transformer.wte if self.config.tied else self.lm_head
+        # compiled, the float32 logits are not kept either, and the products are done once
+        if len(x) * c.vocab_size > CHUNK and not torch.compiler.is_compiling():
+            losses = HeadLoss.apply(x, last.weight, targets.flatten(), c.softcap,
+                                    torch.is_grad_enabled())  # (B*T,)
+        else:
+            losses = F.cross_entropy(self.head(x).float(), targets.flatten(),
+                                     ignore_index=IGNORE, reduction="none")  # (B*T,)
         return losses.view_as(targets)  # (B, T)
 
     def crop_block_size(self, block_size):

@@ -14,12 +14,15 @@ import threading
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CHUNK = 2**25  # logits at a time: model.CHUNK
 
 # Dense bfloat16/float16 peak of one device, FLOP/s, by words of its name; the first match counts.
 # From the makers' data sheets, without sparsity, with float32 sums.
@@ -269,19 +272,35 @@ def bernoulli_by_bits(x, p=0.5, *, generator=None):
     return x.copy_((bits[:x.numel()] < ones).view(x.shape))
 
 
-def memory_needed(model, batch_size, dtype):
+def recompute_blocks(model):
+    """Let the backward pass compute each block again, with the same dropout, instead of keeping
+    what is inside it (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost")."""
+    for block in model.transformer.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def memory_needed(model, batch_size, dtype, recompute=False):
     """Return an estimate of the bytes that training holds at its peak: (weights, gradients and
     AdamW's two moments, with autocast's copies; what a micro-step keeps for its backward pass).
 
     Per token and layer about 17 numbers of the model's width (Korthikanti et al. 2022, "Reducing
-    Activation Recomputation", without attention's matrix, which is never whole), and per token the
-    float32 log-softmax of the logits and its gradient.
+    Activation Recomputation"), and with dropout its two masks; attention's matrix where it is kept,
+    which is with dropout on a CPU: three times. recompute: per layer its input alone, and one layer
+    whole. Of the logits, the float32 log-softmax, its gradient and theirs, of a chunk at the most.
     """
     config, half = model.config, dtype != torch.float32
+    on_cpu = next(model.parameters()).device.type == "cpu"
     state = (18 if half else 16) * sum(p.numel() for p in model.parameters())
-    width, logits = (38, 10) if half else (68, 8)  # bytes, half: some of them float32 all the same
+    wide = 38 if half else 68  # bytes, of which half: some are float32 all the same
+    layer = wide * config.n_embd
+    if config.dropout:
+        layer += (8 if on_cpu else 2) * config.n_embd
+        layer += 12 * config.n_head * config.block_size if on_cpu else 0
     tokens = batch_size * config.block_size
-    return state, tokens * (width * config.n_layer * config.n_embd + logits * config.vocab_size)
+    logits = min(tokens * config.vocab_size, CHUNK) * 12
+    layers = tokens * (layer + 4 * config.n_embd * config.n_layer if recompute
+                       else layer * config.n_layer)
+    return state, layers + logits
 
 
 def memory_there(device):

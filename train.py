@@ -41,6 +41,7 @@ from runtime import (
     memory_needed,
     memory_there,
     peak_flops,
+    recompute_blocks,
     seed_for,
     setup,
     tune_cpu,
@@ -116,6 +117,7 @@ def main(
     device="auto",  # cuda, mps, cpu, cuda:1
     dtype="auto",  # of matrix products: bfloat16 where native, else float32; float16
     compile="auto",  # torch.compile: True, False; auto: on CUDA, where it works
+    activation_checkpointing=False,  # compute blocks twice instead of keeping what is in them
 ):
     config = resolve(dict(locals()))
     asked, init_from = dict(config), config["init_from"]
@@ -132,6 +134,8 @@ def main(
     if before and not eval_only:
         news += check_resumed(before, config, tokens_per_iter, train_data.shards, place)
     model.to(runtime.device)
+    if activation_checkpointing:
+        recompute_blocks(model)
     optimizer = make_optimizer(model, config, runtime)
     peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -359,7 +363,8 @@ def make_model(config, place):
 
 def memory_line(model, config, runtime):
     """Return what the run needs and what there is, in a line. An estimate refuses nothing."""
-    state, kept = memory_needed(model, config["batch_size"], runtime.dtype)
+    state, kept = memory_needed(model, config["batch_size"], runtime.dtype,
+                                config["activation_checkpointing"])
     there = memory_there(runtime.device)
     tight = there is not None and state + kept > there
     return (f"memory: about {(state + kept) / 1e9:.2f} GB ({state / 1e9:.2f} weights, gradients "

@@ -286,7 +286,7 @@ def check_shape_comments(path, module):
                 if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return)):
                     for line in range(node.lineno, node.end_lineno + 1):
                         statements[line] = node
-    sizes = {"B": B, "T": T, "V": V}
+    sizes = {"B": B, "T": T, "V": V, "N": B * T}
     reached, right, complaints = set(), set(), {}  # complaints: a set in order
 
     def check(node, values):
@@ -332,7 +332,7 @@ def check_shape_comments(path, module):
         return trace_line
 
     tokens, targets = batch()
-    before = sys.gettrace()
+    before, chunk = sys.gettrace(), module.CHUNK
     for config in (CONFIG, replace(CONFIG, **ALL)):
         sizes.update(H=config.n_head, K=config.kv_heads, D=config.head_dim, C=config.n_embd,
                      M=64 if config.mlp == "swiglu" else 4 * config.n_embd)
@@ -340,12 +340,16 @@ def check_shape_comments(path, module):
         sys.settrace(trace_call)
         try:
             gpt(tokens, targets)
+            module.CHUNK = 3 * V
+            gpt(tokens, targets)
+            gpt.logits(tokens)
             cache = gpt.make_cache(B)
             for start in (0, 3, torch.tensor(3)):
                 sizes["S"] = BLOCK if isinstance(start, torch.Tensor) else start + T
                 gpt.hidden(tokens, cache, start)
         finally:
             sys.settrace(before)
+            module.CHUNK = chunk
     for node in set(statements.values()):  # those that the forward pass did not come by
         if node.lineno not in reached:
             complaints[f"line {node.lineno} was not reached"] = True
@@ -366,7 +370,7 @@ def test_every_shape_comment_of_the_forward_pass_is_right():
     ("# each (..., T, D/2)", "# each (..., T, D)", "is (2, 9, 5, 2)"),
     ("# each (T, D/2)", "# each (D/2, T)", "(D/2, T) is (5, 2)"),
     ("# (B*T,)", "# (B, T)", "(B, T) is (10,)"),
-    ("# (..., V)", "# (..., C)", "(..., C) is (2, 5, 11)"),
+    ("# (..., V)", "# (..., C)", "(..., C) is (10, 11)"),
     ("# (T,)", "# positions", "no shape comment"),
     ("k, v = cache  # each (B, K, S, D)", "k, v = cache  # each (B, K, T, D)", "(2, 3, 8, 7)"),
     ("# (T, S)", "# (S, T)", "(S, T) is (5, 8)"),
@@ -445,6 +449,75 @@ def test_losses_are_per_token_and_ignored_targets_have_none():
         torch.testing.assert_close(losses[b, t], expected)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(losses.sum() / (targets != IGNORE).sum(), expected)
+
+
+def losses_and_gradients(model, chunk, weights=None, dtype=torch.float32):
+    """Return the losses of B x BLOCK tokens, 3 without a target, and all gradients of their
+    weighted sum; chunk: the logits at a time."""
+    tokens, targets = batch(BLOCK)
+    targets[0, 1] = targets[1, 4] = targets[1, 5] = IGNORE
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patch, torch.autocast(
+            "cpu", dtype, enabled=dtype != torch.float32):
+        patch.setattr(model_file, "CHUNK", chunk)
+        losses = model(tokens, targets)
+    loss = losses.sum() / 23 if weights is None else (losses * weights).sum()
+    loss.backward()
+    return [losses.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("weights", [None, torch.rand(B, BLOCK)], ids=["sum", "weighted"])
+@pytest.mark.parametrize("chunk", [1, 5 * V, B * BLOCK * V - 1])
+@pytest.mark.parametrize("changes", [{}, {"softcap": 2.0}, {"tied": False}],
+                         ids=["gpt2", "softcap", "untied"])
+def test_losses_in_chunks_are_those_at_once(changes, chunk, weights):
+    model = make(spread=0.3, **changes)
+    at_once = losses_and_gradients(model, B * BLOCK * V, weights)
+    in_chunks = losses_and_gradients(model, chunk, weights)
+    assert at_once[0].count_nonzero() == 23 and not torch.equal(at_once[2], in_chunks[2])
+    for a, b in zip(at_once, in_chunks, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, torch.rand(B, BLOCK)], ids=["sum", "weighted"])
+def test_losses_in_chunks_are_as_exact_in_bfloat16(weights):
+    model = make(spread=0.3, softcap=5.0)
+    expected = losses_and_gradients(model, B * BLOCK * V, weights)
+    off = {}
+    for chunk in (B * BLOCK * V, 5 * V):
+        found = losses_and_gradients(model, chunk, weights, torch.bfloat16)
+        assert all(f.dtype == torch.float32 for f in found)
+        off[chunk] = [(f - e).norm() / e.norm() for f, e in zip(found, expected, strict=True)]
+    for at_once, in_chunks in zip(*off.values(), strict=True):
+        assert in_chunks < 1.2 * at_once + 1e-3 and in_chunks < 0.05
+
+
+def test_losses_in_chunks_never_have_all_logits():
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            for x in out if isinstance(out, tuple) else [out]:
+                self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    model = make(vocab_size=400, n_embd=3, n_head=1)  # its weight has 1,200 numbers
+    for chunk, largest in ((B * BLOCK * 400, B * BLOCK * 400), (4 * 400, 4 * 400)):
+        with Largest() as seen:
+            losses_and_gradients(model, chunk)
+        assert seen.size == largest
+
+
+def test_losses_in_chunks_need_no_gradient():
+    model, (tokens, targets) = make(), batch()
+    expected = model(tokens, targets)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(model_file, "CHUNK", 3 * V)
+        calls, own = [], model_file.head_losses
+        patch.setattr(model_file, "head_losses", lambda *args: calls.append(args[-1]) or own(*args))
+        torch.testing.assert_close(model(tokens, targets), expected.detach())
+    assert calls == [None]
 
 
 def test_the_embedding_is_the_head_and_learns_from_both_uses():
