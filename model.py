@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 IGNORE = -1  # a target that has no loss
-CHUNK = 2**25  # logits that exist at a time, in float32, while a loss of more of them is computed
 
 
 @dataclass
@@ -191,7 +190,7 @@ class Block(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """The cross-entropy of the head for N tokens, CHUNK logits at a time: (N, V) never exists.
+    """The cross-entropy of the head for N tokens, some rows of logits at a time, never (N, V).
 
     The gradients are worked out with the losses, while their logits are there. That serves where
     the losses are summed: all have the same gradient then, which autograd hands over as one number
@@ -200,16 +199,16 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, learns):
+    def forward(ctx, x, weight, targets, cap, rows, learns):
         """Hidden states (N, C), weight (V, C), targets (N,) to losses (N,); learns: is there to be
         a backward pass?"""
-        ctx.cap, ctx.dtypes = cap, (x.dtype, weight.dtype)
+        ctx.rest, ctx.dtypes = (cap, rows), (x.dtype, weight.dtype)
         kind = x.device.type
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         x = x.to(half)  # (N, C)
         weight = weight.to(half)  # (V, C)
         with torch.autocast(kind, enabled=False):
-            losses, *slopes = head_losses(x, weight, targets, cap, learns or None)  # (N,)
+            losses, *slopes = head_losses(x, weight, targets, cap, rows, learns or None)  # (N,)
         ctx.save_for_backward(x, weight, targets, *slopes)
         return losses  # (N,)
 
@@ -219,15 +218,14 @@ class HeadLoss(torch.autograd.Function):
         if scale.stride() == (0,):
             slopes = [slope * scale[0] for slope in slopes]
         else:
-            _, *slopes = head_losses(x, weight, targets, ctx.cap, scale)
-        return *(s.to(dtype) for s, dtype in zip(slopes, ctx.dtypes, strict=True)), *[None] * 3
+            _, *slopes = head_losses(x, weight, targets, *ctx.rest, scale)
+        return *(s.to(dtype) for s, dtype in zip(slopes, ctx.dtypes, strict=True)), *[None] * 4
 
 
-def head_losses(x, weight, targets, cap, scale):
+def head_losses(x, weight, targets, cap, rows, scale):
     """Return the losses (N,), and the gradients of x (N, C) and of weight (V, C) when scale (N,) is
     that of the losses; True: 1 for each; None: no gradients. The products are in the dtype of x and
     weight, all else in float32."""
-    rows = max(1, CHUNK // len(weight))
     losses, dx = x.new_empty(len(x), dtype=torch.float32), []
     dw = None if scale is None else torch.zeros_like(weight, dtype=torch.float32)  # (V, C)
     for first in range(0, len(x), rows):
@@ -254,6 +252,7 @@ def head_losses(x, weight, targets, cap, scale):
 
 class GPT(nn.Module):
     """The transformer. Its parameters bear nanoGPT's names; a tied head is the token embedding."""
+    chunk = 2**25  # logits that exist at a time, in float32, while a loss of more is computed
 
     def __init__(self, config, generator=None):
         """generator: a CPU torch.Generator for the first weights; None takes torch's own."""
@@ -358,9 +357,9 @@ class GPT(nn.Module):
         x = self.hidden(tokens).flatten(0, 1)  # (B*T, C)
         c, last = self.config, self.transformer.wte if self.config.tied else self.lm_head
         # compiled, the float32 logits are not kept either, and the products are done once
-        if len(x) * c.vocab_size > CHUNK and not torch.compiler.is_compiling():
-            losses = HeadLoss.apply(x, last.weight, targets.flatten(), c.softcap,
-                                    torch.is_grad_enabled())  # (B*T,)
+        if len(x) * c.vocab_size > self.chunk and not torch.compiler.is_compiling():
+            losses = HeadLoss.apply(x, last.weight, targets.flatten(), c.softcap, max(
+                1, self.chunk // c.vocab_size), torch.is_grad_enabled())  # (B*T,)
         else:
             losses = F.cross_entropy(self.head(x).float(), targets.flatten(),
                                      ignore_index=IGNORE, reduction="none")  # (B*T,)

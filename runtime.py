@@ -22,8 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-CHUNK = 2**25  # logits at a time: model.CHUNK
-
 # Dense bfloat16/float16 peak of one device, FLOP/s, by words of its name; the first match counts.
 # From the makers' data sheets, without sparsity, with float32 sums.
 PEAK_FLOPS = (
@@ -297,7 +295,7 @@ def memory_needed(model, batch_size, dtype, recompute=False):
         layer += (8 if on_cpu else 2) * config.n_embd
         layer += 12 * config.n_head * config.block_size if on_cpu else 0
     tokens = batch_size * config.block_size
-    logits = min(tokens * config.vocab_size, CHUNK) * 12
+    logits = min(tokens * config.vocab_size, model.chunk) * 12
     layers = tokens * (layer + 4 * config.n_embd * config.n_layer if recompute
                        else layer * config.n_layer)
     return state, layers + logits

@@ -1,25 +1,32 @@
 """runtime.py: choices of device, dtype, backend and compilation, seeds, peaks."""
 
+import itertools
 import math
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import runtime as module
+from model import GPT, GPTConfig
+from optim import adamw
 from runtime import (
     Runtime,
     bernoulli_by_bits,
     compile_model,
     describe,
+    memory_needed,
     peak_flops,
     pick_device,
     pick_dtype,
+    recompute_blocks,
     seed_for,
     setup,
 )
+from train import train_step
 
 ROOT = module.os.path.dirname(module.__file__)
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -133,6 +140,36 @@ def test_autocast_is_for_matrix_products():
         assert (a @ a.T).dtype == torch.bfloat16
         assert (a + a).dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
+
+
+# ---------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("sizes, recompute, dtype", [
+    (dict(n_layer=4, n_head=2, n_embd=64), False, torch.float32),
+    (dict(n_layer=4, n_head=2, n_embd=64, dropout=0.2), False, torch.float32),
+    (dict(n_layer=1, n_head=1, n_embd=16, vocab_size=9000), False, torch.float32),
+    (dict(n_layer=4, n_head=2, n_embd=64), True, torch.float32),
+    (dict(n_layer=4, n_head=2, n_embd=64), False, torch.bfloat16),
+], ids=["layers", "dropout", "logits", "recompute", "bfloat16"])
+def test_the_memory_estimate_is_what_training_takes(sizes, recompute, dtype, monkeypatch):
+    """All tensors that there are at once, over two updates, as torch's profiler counts them."""
+    monkeypatch.setattr(GPT, "chunk", 2**19)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profiler:
+        model = GPT(GPTConfig(block_size=64, **{"vocab_size": 65, "bias": False, **sizes}))
+        if recompute:
+            recompute_blocks(model)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        optimizer = adamw(model, 1e-3, 0.1, (0.9, 0.95))
+        for _ in range(2):
+            batch = torch.randint(model.config.vocab_size, (2, 16, 64))
+            train_step(model, optimizer, scaler, [tuple(batch)], 1.0, replace(CPU, dtype=dtype))
+    changes = sorted((event.start_ns(), event.nbytes()) for event in
+                     profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    peak = max(itertools.accumulate(size for _, size in changes))
+    estimate = sum(memory_needed(model, 16, dtype, recompute))
+    assert estimate == pytest.approx(peak, rel=0.15), (estimate, peak)
 
 
 # ---------------------------------------------------------------------- what is faster on a CPU
