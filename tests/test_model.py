@@ -479,7 +479,7 @@ def test_losses_in_chunks_are_those_at_once(changes, chunk, weights):
     in_chunks = losses_and_gradients(model, chunk, weights)
     assert at_once[0].count_nonzero() == 23 and not torch.equal(at_once[2], in_chunks[2])
     for a, b in zip(at_once, in_chunks, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["sum", "weighted"])
