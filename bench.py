@@ -29,7 +29,7 @@ import torch
 
 import train
 from configurator import run
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, without_weights
 from runtime import (
     compile_model,
     memory_needed,
@@ -160,9 +160,9 @@ def make_model(settings, is_random, device):
     """Return the settings' GPT, with the dataset's vocabulary, or, where it is random, GPT-2's."""
     meta = None if is_random else load_meta(next(iter(parse_mix(settings["mix"],
                                                                 settings["dataset"]))))
-    with torch.device(device):
-        return GPT(GPTConfig(vocab_size=train.padded(meta["vocab_size"] if meta else 50257),
-                             **{key: settings[key] for key in train.MODEL_KEYS}))
+    config = GPTConfig(vocab_size=train.padded(meta["vocab_size"] if meta else 50257),
+                       **{key: settings[key] for key in train.MODEL_KEYS})
+    return without_weights(config) if device == "meta" else GPT(config)
 
 
 # ---------------------------------------------------------------------- ours, in this process

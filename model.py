@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 IGNORE = -1  # a target that has no loss
 
@@ -390,6 +391,22 @@ class GPT(nn.Module):
         return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
 
 
+class NoFirstWeights(TorchFunctionMode):
+    """While entered, nothing is drawn: for a tensor of the meta device torch would first import its
+    compiler, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
+def without_weights(config):
+    """Return a GPT on the meta device: its shapes, and no memory."""
+    with torch.device("meta"), NoFirstWeights():
+        return GPT(config)
+
+
 def save_weights(model, folder):
     """Write a model's weights into an existing folder, as model.safetensors."""
     from safetensors.torch import save_file
@@ -418,8 +435,7 @@ def load_model(folder, dropout=0.0):
 def from_weights(config, weights, place):
     """Return the GPT with these weights, {name: tensor}, in float32. Raises ValueError, naming
     the place that they are from, where a name or a size does not fit."""
-    with torch.device("meta"):  # no memory, no first weights: the given ones take their place
-        model = GPT(config)
+    model = without_weights(config)  # the given ones take their place
     # a copy, because safetensors' tensors are the file itself, mapped into memory
     weights = {name: p.to(torch.float32, copy=True) for name, p in weights.items()}
     try:

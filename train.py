@@ -32,7 +32,7 @@ from checkpoint import (
     verify,
 )
 from configurator import as_type_of, run
-from model import GPT, IGNORE, GPTConfig, find_checkpoint, load_model
+from model import IGNORE, GPTConfig, find_checkpoint, load_model, without_weights
 from optim import adamw, lr_at, muon_and_adamw, set_rates
 from runtime import (
     Signals,
@@ -181,7 +181,7 @@ def main(
                         "bad_steps": bad.tolist(), "config": asked, "shards": train_data.shards},
                         is_best, keep_checkpoints)
                 saved_at = iter_num
-            if "val_loss" in row and runtime.is_main and not eval_only:
+            if "val_loss" in row and runtime.is_main and iter_num and not eval_only:
                 draw_loss(run_dir)
             if wish or "val_loss" in row:
                 clock, since_clock = time.perf_counter(), 0
@@ -331,8 +331,8 @@ def make_model(config, place):
     tokenizer, before = load_tokenizer(*parse_mix(config["mix"], config["dataset"])), {}
     init_from, sizes = config["init_from"], {key: config[key] for key in MODEL_KEYS}
     if init_from == "scratch":
-        with torch.device("meta"):  # torch's own first weights are not computed, ours replace them
-            model = GPT(GPTConfig(vocab_size=padded(tokenizer.vocab_size), **sizes))
+        # torch's own first weights are not computed, ours replace them
+        model = without_weights(GPTConfig(vocab_size=padded(tokenizer.vocab_size), **sizes))
         model.to_empty(device="cpu")
         model.init_weights(torch.Generator().manual_seed(seed_for(config["seed"], "init")))
         return model, tokenizer, before

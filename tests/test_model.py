@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import tokenize
 from dataclasses import asdict, replace
@@ -412,6 +413,14 @@ def test_first_weights_have_gpt2s_deviations():
             continue
         assert p.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * p.numel())), name
         assert abs(p.mean().item()) < 4 * expected / math.sqrt(p.numel()), name
+
+
+def test_a_model_without_weights_imports_no_compiler():
+    code = ("import sys; from model import *; model = without_weights(GPTConfig(n_layer=2))\n"
+            "assert all(p.is_meta for p in model.parameters())\n"
+            "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True,
+                   cwd=Path(model_file.__file__).parent)
 
 
 def test_a_seed_fixes_the_first_weights():
