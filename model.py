@@ -392,8 +392,8 @@ class GPT(nn.Module):
 
 
 class NoFirstWeights(TorchFunctionMode):
-    """While entered, nothing is drawn: for a tensor of the meta device torch would first import its
-    compiler, which takes seconds."""
+    """While entered, nothing is drawn: what replaces it costs enough, and for a tensor of the meta
+    device torch would first import its compiler, which takes seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):

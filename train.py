@@ -32,7 +32,7 @@ from checkpoint import (
     verify,
 )
 from configurator import as_type_of, run
-from model import IGNORE, GPTConfig, find_checkpoint, load_model, without_weights
+from model import GPT, IGNORE, GPTConfig, NoFirstWeights, find_checkpoint, load_model
 from optim import adamw, lr_at, muon_and_adamw, set_rates
 from runtime import (
     Signals,
@@ -331,9 +331,8 @@ def make_model(config, place):
     tokenizer, before = load_tokenizer(*parse_mix(config["mix"], config["dataset"])), {}
     init_from, sizes = config["init_from"], {key: config[key] for key in MODEL_KEYS}
     if init_from == "scratch":
-        # torch's own first weights are not computed, ours replace them
-        model = without_weights(GPTConfig(vocab_size=padded(tokenizer.vocab_size), **sizes))
-        model.to_empty(device="cpu")
+        with NoFirstWeights():  # torch's own are not drawn, ours replace them
+            model = GPT(GPTConfig(vocab_size=padded(tokenizer.vocab_size), **sizes))
         model.init_weights(torch.Generator().manual_seed(seed_for(config["seed"], "init")))
         return model, tokenizer, before
     if names_gpt2(init_from):
