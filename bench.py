@@ -29,6 +29,7 @@ import torch
 
 import train
 from configurator import run
+from metrics import mfu
 from model import GPT, GPTConfig, without_weights
 from runtime import (
     compile_model,
@@ -204,7 +205,7 @@ def time_steps(options, settings):
     estimate = sum(memory_needed(model, settings["batch_size"], runtime.dtype,
                                  settings["activation_checkpointing"]))
     return {"ms": 1000 * seconds, "tokens_per_s": tokens / seconds,
-            **train.mfu(model, tokens / seconds, runtime), "warmup_s": first,
+            **mfu(model, tokens / seconds, runtime), "warmup_s": first,
             "batch_source_share": statistics.median(read / whole for read, whole in times),
             "memory_mb": (memory_of(runtime.device) - before) / 1e6,
             "estimated_memory_mb": estimate / 1e6}

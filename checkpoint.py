@@ -2,7 +2,6 @@
 
     out/<run>/iter_000250/   model.safetensors, trainer.pt, tokenizer.json, meta.json, SHA256SUMS
     out/<run>/latest, best   which of them is the newest, and the one of the lowest validation loss
-    out/<run>/metrics.jsonl  a line per logged iteration; loss.png: drawn from it
 
 A checkpoint is whole or not there: it is written aside, every file and the folder are flushed to
 the disk, then it is renamed, `latest` and `best` are switched, and only then old ones removed.
@@ -11,20 +10,22 @@ the disk, then it is renamed, `latest` and `best` are switched, and only then ol
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from model import find_checkpoint, save_weights
+from runtime import like, whole
 from tokens import load_json, parse_mix, write_aside
 
 SUMS = "SHA256SUMS"
@@ -36,22 +37,81 @@ ROUNDS_ANEW = {  # and the same but for the order of floating-point sums
     "backend"}
 
 
-def save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, meta, is_best, keep):
+class Checkpoints:
+    """Writes a run's checkpoints, one after the other. While entered with in_background, a thread
+    writes them, from a copy in the host's memory, and the run waits only for the copy."""
+
+    def __init__(self, run_dir, model, tokenizer, optimizer, scaler, keep, in_background, runtime):
+        self.parts, self.runtime = (model, optimizer, scaler), runtime
+        self.write = partial(write_checkpoint, run_dir, tokenizer, keep)
+        self.config, self.commit, self.copies, self.job = model.config, git_commit(), {}, None
+        self.thread = ThreadPoolExecutor(1) if in_background and runtime.is_main else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        if self.thread:
+            self.thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def save(self, meta, is_best):
+        """Write a checkpoint. All processes call it, for each gives its part of a sharded model;
+        the main one writes. Raises ValueError where it, or the one before it in the background,
+        cannot be written."""
+        self.wait()
+        state = {name: self.on_host(part.state_dict(), name) for name, part in
+                 zip(("model", "optimizer", "scaler"), self.parts, strict=True)}
+        if not self.runtime.is_main:
+            return
+        meta = {"model": asdict(self.config), **meta, "commit": self.commit,
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+        if self.thread:
+            self.job = self.thread.submit(self.write, state, meta, is_best)
+        else:
+            self.write(state, meta, is_best)
+
+    def wait(self):
+        """Wait for a checkpoint in the background, and raise its error."""
+        job, self.job = self.job, None
+        if job:
+            job.result()
+
+    def on_host(self, value, place):
+        """Return a state_dict with its tensors whole and in the host's memory: on the main process,
+        the same memory each time where they are to outlive the next update."""
+        if isinstance(value, dict):
+            return {key: self.on_host(part, (place, key)) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self.on_host(part, (place, i)) for i, part in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = whole(value.detach())
+        if not self.runtime.is_main:
+            return None
+        if not self.thread:
+            return value.cpu()
+        if place not in self.copies:
+            self.copies[place] = torch.empty(value.shape, dtype=value.dtype,
+                                             pin_memory=value.is_cuda)
+        return self.copies[place].copy_(value)
+
+
+def write_checkpoint(run_dir, tokenizer, keep, state, meta, is_best):
     """Write a checkpoint aside, rename it, point `latest` (and `best`) at it, drop old ones.
 
-    Returns its folder. Raises ValueError where it cannot be written: the one before is intact.
+    Raises ValueError where it cannot be written: the one before is intact.
     """
     folder = run_dir / f"iter_{meta['iter_num']:06d}"
     aside, replaced = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    meta = {"model": asdict(model.config), **meta, "commit": git_commit(),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     try:
         shutil.rmtree(aside, ignore_errors=True)
         with writing(folder, "the checkpoints before it are as they were; make room, then go on "
                              "with --init_from=resume"):
             aside.mkdir()
-            save_weights(model, aside)
-            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
+            save_weights(state["model"], aside)
+            torch.save({"optimizer": state["optimizer"], "scaler": state["scaler"]},
                        aside / "trainer.pt")
             tokenizer.save(aside)
             write_aside(aside / "meta.json", json.dumps(meta, indent=1) + "\n")
@@ -73,7 +133,6 @@ def save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, meta, is_best,
     for old in [*saved(run_dir)[:-keep], *run_dir.glob("iter_*.old"), *run_dir.glob("iter_*.tmp")]:
         if old.name not in kept:
             shutil.rmtree(old)
-    return folder
 
 
 @contextmanager
@@ -170,6 +229,7 @@ def read_meta(folder):
                 isinstance(config.get(name, ""), str) for name in ("mix", "dataset"))),
             ("iter_num", is_number(meta.get("iter_num", 0), int)),
             ("tokens", is_number(meta.get("tokens", 0), int)),
+            ("minutes", is_number(meta.get("minutes", 0), float)),
             ("best_val_loss", is_number(meta.get("best_val_loss", 0), float)),
             ("bad_steps", isinstance(bad_steps, list) and len(bad_steps) == 2
              and all(is_number(value, float) for value in bad_steps)),
@@ -199,9 +259,11 @@ def load_trainer(folder, optimizer, scaler):
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         for p, values in optimizer.state.items():
-            for name, value in values.items():
+            for name, value in list(values.items()):
                 if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
                     raise ValueError(f"{name} is not of its parameter's size")
+                if value.shape:
+                    values[name] = like(p, value)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
@@ -241,89 +303,3 @@ def check_resumed(before, config, tokens_per_iter, shards, place):
                      if key in ROUNDS_ANEW else "another course from here on")
             lines.append(f"changed since {place.name}: {key}={old[key]} is now {value} ({means})")
     return lines
-
-
-# ---------------------------------------------------------------------- metrics
-
-
-def open_run(run_dir, config, before, runtime):
-    """Prepare the run's folder; return record(row), which writes a row of metrics.
-
-    An earlier run in the folder is moved aside. A resumed run forgets the metrics that were
-    written after its checkpoint: it will write them again.
-    """
-    if not runtime.is_main or config["eval_only"]:
-        return lambda row: None
-    path, kept, wandb_run = run_dir / "metrics.jsonl", [], None
-    if before:
-        done = before.get("iter_num", 0)
-        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["iter"] < done
-                or row["iter"] == done and "val_loss" in row and "val_loss" in before]
-    elif (run_dir / "latest").is_file():
-        number = next(n for n in range(1, 10**6) if not Path(f"{run_dir}.{n}").exists())
-        os.replace(run_dir, f"{run_dir}.{number}")
-        runtime.say(f"{run_dir} held an earlier run, which is now {run_dir}.{number}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_aside(path, "".join(kept))
-    if config["wandb_log"]:
-        wandb_run = start_wandb(run_dir, config)
-
-    def record(row):
-        row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON has no NaN
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if wandb_run:
-            wandb_run.log(row, step=row["iter"])
-
-    return record
-
-
-def read_metrics(path):
-    """Return the rows of metrics.jsonl; a line that a kill or a full disk cut short is left out."""
-    rows = []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("iter"), int):
-                rows.append(row)
-    return rows
-
-
-def start_wandb(run_dir, config):
-    """Return the Weights & Biases run; a resumed run goes on in the same curve."""
-    id_path = run_dir / "wandb_id"
-    wandb_id = id_path.read_text("utf-8", "replace") if id_path.is_file() else None
-    if wandb_id and not re.fullmatch(r"[\w-]{1,64}", wandb_id.strip()):
-        raise ValueError(f"{id_path}: not the id of a run; remove the file")
-    try:
-        import wandb
-
-        wandb_run = wandb.init(project=config["wandb_project"], config=config, dir=run_dir,
-                               name=config["wandb_run_name"] or run_dir.name,
-                               id=wandb_id, resume="allow" if wandb_id else None)
-    except Exception as error:  # not installed, not logged in, not reached
-        raise ValueError(f"wandb_log=True does not work here ({error}); log in with `wandb login`, "
-                         "set WANDB_MODE=offline, or leave it out") from error
-    write_aside(id_path, wandb_run.id)
-    return wandb_run
-
-
-def draw_loss(run_dir):
-    """Draw loss.png: the training and the validation loss of metrics.jsonl over the iterations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(row["iter"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="iteration", ylabel="loss, nats per token", title=run_dir.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with writing(run_dir / "loss.png"):
-        figure.savefig(run_dir / "loss.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)

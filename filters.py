@@ -12,7 +12,6 @@ import gzip
 import json
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -22,6 +21,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
+
+from corpus import say_once
 
 STOP_WORDS = frozenset("the be to of and that have with".split())
 TOP_NGRAMS = {2: 0.20, 3: 0.18, 4: 0.16}  # most of the characters one n-gram may take
@@ -444,8 +445,3 @@ class Removed:
     def close(self):
         for file in filter(None, (self.samples, self.keys)):
             file.close()
-
-
-@cache
-def say_once(text):
-    print(text, file=sys.stderr, flush=True)

@@ -59,6 +59,8 @@ class GPTConfig:
                        key=lambda h: abs(h - self.n_head))
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                              f"the nearest n_head that divides it is {near}")
+        if self.n_layer > 10_000:  # a typing error, or a stranger's: it would take hours to refuse
+            raise ValueError(f"n_layer={self.n_layer}: must be at most 10000")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if not 0 <= self.softcap < math.inf:
@@ -407,13 +409,15 @@ def without_weights(config):
         return GPT(config)
 
 
-def save_weights(model, folder):
-    """Write a model's weights into an existing folder, as model.safetensors."""
+def save_weights(weights, folder):
+    """Write weights, those of a model or {name: tensor}, into an existing folder, as
+    model.safetensors."""
     from safetensors.torch import save_file
 
     path = Path(folder) / "model.safetensors"
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    save_file(weights, path)
+    if isinstance(weights, nn.Module):
+        weights = weights.state_dict()
+    save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, path)
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
 
 

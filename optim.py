@@ -12,6 +12,9 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
+
+from runtime import like, whole
 
 FUSED = ("cuda", "cpu", "mps", "xpu")  # devices with a one-kernel AdamW in torch 2.9 and later
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024, kellerjordan.github.io/posts/muon
@@ -99,8 +102,13 @@ class Muon(torch.optim.Optimizer):
     batch, queries, keys and values are matrices of their own, and decay is cautious: it acts where
     the update has the weight's sign (Chen et al. 2025, arXiv 2510.12402).
 
-    With several processes each computes all updates: they have the same gradients.
+    Several processes share out the matrices of each shape, and give each other the results. Of
+    parameters that FSDP2 shares out, each gathers the updates and keeps its part.
+
+    found_inf: None, or 1.0 on the device where the update must change nothing, as AdamW has it.
     """
+
+    found_inf = None
 
     def __init__(self, params, parts, lr, weight_decay, dtype=torch.float32):
         """parts: for each parameter the rows of the matrices in it."""
@@ -115,25 +123,44 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            batches = defaultdict(list)  # (rows, columns): [(weight, its update)]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            updates, batches = [], defaultdict(list)  # of each shape, the updates in matrices
+            for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(average, momentum)  # Nesterov's
-                for pair in zip(p.split(self.parts[p]), update.split(self.parts[p]), strict=True):
-                    batches[pair[0].shape].append(pair)
-            for (rows, columns), pairs in batches.items():
-                weights = [weight for weight, _ in pairs]
-                updates = orthogonal(torch.stack([update for _, update in pairs]).to(self.dtype))
-                updates = updates.to(weights[0].dtype) * max(1, rows / columns) ** 0.5
+                average, grad = self.state[p]["momentum_buffer"], p.grad
+                if self.found_inf is not None:
+                    grad = torch.where(self.found_inf > 0, average, grad)
+                average.lerp_(grad, 1 - group["momentum"])
+                updates.append(whole(grad.lerp(average, group["momentum"])))  # Nesterov's
+                for matrix in updates[-1].split(self.parts[p]):
+                    batches[matrix.shape].append(matrix)
+            for (rows, columns), matrices in batches.items():
+                made = shared_out(orthogonal, torch.stack(matrices).to(self.dtype))
+                made = made.to(matrices[0].dtype) * max(1, rows / columns) ** 0.5
+                torch._foreach_copy_(matrices, list(made.unbind()))
+            for p, update in zip(params, updates, strict=True):
+                update = like(p, update)
                 if group["weight_decay"]:
-                    stacked = torch.stack(weights)
-                    updates += group["weight_decay"] * stacked * (updates * stacked > 0)
-                torch._foreach_add_(weights, list(updates.unbind()), alpha=-lr)
+                    update += group["weight_decay"] * p * (update * p > 0)
+                if self.found_inf is not None:
+                    update *= 1 - self.found_inf
+                p.add_(update, alpha=-group["lr"])
+
+
+def shared_out(function, x):
+    """Return function(x) of x (N, ...), a batch that all processes have: each computes its part."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1 or len(x) == 1:
+        return function(x)
+    size = -(-len(x) // world)
+    mine = x[size * dist.get_rank():][:size]
+    part = x.new_zeros(size, *x.shape[1:])
+    if len(mine):
+        part[:len(mine)] = function(mine)
+    made = x.new_empty(size * world, *x.shape[1:])
+    dist.all_gather_into_tensor(made, part)
+    return made[:len(x)]
 
 
 def orthogonal(x, steps=5):
@@ -156,6 +183,8 @@ def orthogonal(x, steps=5):
 class Together:
     """Two optimizers that are stepped, saved and loaded as one."""
 
+    found_inf = None
+
     def __init__(self, *optimizers):
         self.optimizers = optimizers
 
@@ -169,6 +198,7 @@ class Together:
 
     def step(self):
         for optimizer in self.optimizers:
+            optimizer.found_inf = self.found_inf
             optimizer.step()
 
     def zero_grad(self, set_to_none=True):
@@ -193,22 +223,25 @@ def set_rates(optimizer, peaks, share, iter_num):
 
 
 def lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, schedule="cosine",
-          decay_share=0.5):
+          decay_share=0.5, used=None):
     """Return the learning rate of one iteration: linear warm-up, then down to min_lr.
 
     The first iteration is already above 0, the peak is reached at warmup_iters, min_lr at
     lr_decay_iters (Radford et al. 2018; nanoGPT's get_lr). cosine falls all the way; wsd stays at
     the peak, and falls linearly over the last decay_share of lr_decay_iters (Hu et al. 2024,
-    MiniCPM; Haegele et al. 2024).
+    MiniCPM; Haegele et al. 2024). used: of a budget that is not counted in iterations, the share
+    that is used up, which takes the place of iter_num / lr_decay_iters after the warm-up.
     """
     if schedule not in ("cosine", "wsd"):
         raise ValueError(f"schedule={schedule!r}: choose cosine or wsd")
     if iter_num < warmup_iters:
         return learning_rate * (iter_num + 1) / (warmup_iters + 1)
-    if iter_num >= lr_decay_iters:
+    if iter_num >= lr_decay_iters if used is None else used >= 1:
         return min_lr
     if schedule == "wsd":
-        left = (lr_decay_iters - iter_num) / lr_decay_iters
+        left = (lr_decay_iters - iter_num) / lr_decay_iters if used is None else 1 - used
         return min_lr + min(1.0, left / decay_share) * (learning_rate - min_lr)
-    progress = (iter_num - warmup_iters) / (lr_decay_iters - warmup_iters)
+    progress = used
+    if used is None:
+        progress = (iter_num - warmup_iters) / (lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

@@ -209,7 +209,7 @@ def begin(folder, text, spec, source, sieve, name, workers):
     if kind == "chars":
         written = {"c4": ["\n"], "pii": [*rules.EMAILS, *rules.IPS]}  # by filters
         alphabet = set(facts.pop("alphabet")).union(*(
-            text for name in sieve["filters"].split() for text in written.get(name, ())))
+            added for name in sieve["filters"].split() for added in written.get(name, ())))
         spec = {"kind": kind, "alphabet": "".join(sorted(alphabet)),
                 "documents": facts["documents"] > 1}
     if kind == "bpe":

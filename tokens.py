@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 HEADER = 256  # int32 before the tokens
 FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): token type
 MASK_FORMAT = (20241121, 1)  # (magic, version) of a loss mask, one byte for each token
+HASHED = 64 * 2**20  # bytes of tokens that are checked before a run: less than half a second
 CHUNK = 1024  # sequences whose starts are worked out, and remembered, at a time
 POLL, PATIENCE = 3, 1800  # seconds: how often to look for a file that is awaited, and how long
 
@@ -237,6 +238,21 @@ class TokenReader:
                                  "prepare the dataset again")
         self.dtype, self.offsets[index] = dtype, offset
         return count
+
+    def verify(self):
+        """Raise ValueError for a file whose tokens are not those that were prepared, as far as
+        HASHED bytes of them go: more would keep the run waiting."""
+        left = HASHED
+        for index, shard in enumerate(self.shards):
+            if index not in self.offsets:  # it is still to land
+                break
+            left -= self.counts[index] * self.dtype.itemsize
+            if left < 0:
+                break
+            raw = self.read(self.firsts[index], self.counts[index])
+            if shard.get("sha256") not in (None, hashlib.sha256(raw).hexdigest()):
+                raise ValueError(f"{self.paths[index]}: its tokens are not those that were "
+                                 "prepared, by meta.json's sha256; prepare the dataset again")
 
     def rows(self, starts, length):
         """Return (len(starts), length) int64: `length` tokens from each start."""

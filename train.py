@@ -13,25 +13,22 @@ import math
 import os
 import signal
 import sys
-import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from checkpoint import (
+    Checkpoints,
     check_resumed,
-    draw_loss,
     last_whole,
     load_trainer,
-    open_run,
     read_meta,
-    save_checkpoint,
     saved,
     verify,
 )
 from configurator import as_type_of, run
+from metrics import Log, draw_loss, open_run
 from model import GPT, IGNORE, GPTConfig, NoFirstWeights, find_checkpoint, load_model
 from optim import adamw, lr_at, muon_and_adamw, set_rates
 from runtime import (
@@ -40,11 +37,11 @@ from runtime import (
     describe,
     memory_needed,
     memory_there,
-    peak_flops,
     recompute_blocks,
     seed_for,
     setup,
     tune_cpu,
+    whole,
 )
 from tokenizer import Tokenizer, load_tokenizer
 from tokens import Mixture, parse_mix
@@ -54,7 +51,7 @@ MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout", "r
               "residual_scalars")
 NOT_RESUMED = ("out_dir", "init_from", "eval_only")  # settings that a resumed run gives anew
 DATA_FAULT = 99  # what processes agree on beside signals, whose numbers are smaller
-HALVINGS = 32  # updates that float16's scaler may skip until its scale, from 2**16, is no cause
+OTHER_PROCESS = "another process could not read its data"
 
 
 def main(
@@ -62,12 +59,15 @@ def main(
     out_dir="",  # where the run goes ('': out/<dataset>, or out/<a>+<b>)
     init_from="scratch",  # scratch, resume, auto (which of them), a checkpoint's folder, gpt2, ...
     max_iters=600000,  # iterations (optimizer updates) in all
+    max_tokens=0,  # or tokens, of which iterations and schedule follow; 0: max_iters
+    max_minutes=0.0,  # or minutes, which the schedule follows: another course each time; 0: any
     eval_interval=2000,  # iterations between evaluations, each with a checkpoint
     eval_iters=200,  # an evaluation reads eval_iters * batch_size sequences, the same each time
     eval_only=False,  # evaluate once and stop, writing nothing
     log_interval=1,  # iterations between log lines
     always_save_checkpoint=True,  # save also where the validation loss is not the best so far
     keep_checkpoints=2,  # the newest that are kept, beside the best
+    async_checkpoint=False,  # write them in the background, from a copy in the host's memory
     max_bad_steps=10,  # updates in a row that are not numbers, and so skipped, before it stops
     seed=1337,  # of the first weights, the data order and dropout, each on its own
     # weights and biases
@@ -118,31 +118,39 @@ def main(
     dtype="auto",  # of matrix products: bfloat16 where native, else float32; float16
     compile="auto",  # torch.compile: True, False; auto: on CUDA, where it works
     activation_checkpointing=False,  # compute blocks twice instead of keeping what is in them
+    fsdp=False,  # with several processes, each holds a part of the weights and of AdamW's state
 ):
     config = resolve(dict(locals()))
-    asked, init_from = dict(config), config["init_from"]
+    asked, resumes = dict(config), config["init_from"] == "resume"
     check(config)
     runtime = setup(device, dtype, backend)
     tune_cpu(runtime.device)
     micro_steps = split_batch(config, runtime.world_size)
     tokens_per_iter = micro_steps * runtime.world_size * batch_size * block_size
+    if max_tokens:
+        max_iters = lr_decay_iters = config["max_iters"] = -(-max_tokens // tokens_per_iter)
     train_data, val_data = (Mixture(parse_mix(mix, dataset), split, block_size)
                             for split in ("train", "val"))
+    for reader in (*train_data.readers.values(), *val_data.readers.values()):
+        reader.verify()
     run_dir = run_folder(config)
-    place, news = last_whole(run_dir) if init_from == "resume" else (None, [])
+    place, news = last_whole(run_dir) if resumes else (None, [])
     model, tokenizer, before = make_model(config, place)
     if before and not eval_only:
         news += check_resumed(before, config, tokens_per_iter, train_data.shards, place)
-    model.to(runtime.device)
     if activation_checkpointing:
         recompute_blocks(model)
+    wrapped = compile_model(runtime.wrap(model, fsdp), compile, runtime)
     optimizer = make_optimizer(model, config, runtime)
     peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if before:
         load_trainer(place, optimizer, scaler)
-    wrapped = compile_model(runtime.wrap(model), compile, runtime)
+    if runtime.device.type == "cuda" and not (eval_only or fsdp):
+        micro_steps = fit_memory(wrapped, optimizer, config, micro_steps, runtime)
     record = open_run(run_dir, config, before, runtime)
+    checkpoints = Checkpoints(run_dir, model, tokenizer, optimizer, scaler, keep_checkpoints,
+                              async_checkpoint, runtime)
     runtime.say("\n".join([
         describe(runtime), f"model: {model.parameter_count():,} parameters, vocabulary "
         f"{model.config.vocab_size:,}", memory_line(model, config, runtime),
@@ -150,86 +158,56 @@ def main(
         "iteration", f"run: {run_dir}", *news]))
 
     iter_num, best_val_loss = before.get("iter_num", 0), before.get("best_val_loss", math.inf)
-    if before and iter_num >= max_iters and not eval_only:
-        runtime.say(f"{run_dir} is already at iteration {iter_num} of max_iters={max_iters}; "
-                    "raise --max_iters to go on")
-    first_iter, saved_at, evaluated = iter_num, iter_num, "val_loss" in before
-    bad = torch.tensor(before.get("bad_steps", [0, 0]), dtype=torch.float32, device=runtime.device)
-    batches = began = fault = norm_mean = None
-    clock, since_clock = time.perf_counter(), 0  # and the iterations since
-    with Signals() as signals:
+    saved_at, evaluated, batches, fault = iter_num, "val_loss" in before, None, None
+    log = Log(record, model, config, tokens_per_iter, before, run_dir, runtime)
+    if before and (iter_num >= max_iters or log.used() >= 1) and not eval_only:
+        runtime.say(f"{run_dir} is already at its end, iteration {iter_num}; raise "
+                    "--max_iters, --max_tokens or --max_minutes, which it has, to go on")
+    with Signals() as signals, checkpoints, runtime:
         while True:
-            row, is_best, save = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}, False, 0
-            due = not evaluated and (iter_num % eval_interval == 0 or iter_num == max_iters)
-            if eval_only or due and not fault:
-                losses, fault = read(runtime.world_size > 1, validate, wrapped, model.config,
-                                     val_data, eval_iters * batch_size, config["batch_size"],
-                                     runtime)
-                evaluated, row = True, {**row, **(losses or {})}
-            if "val_loss" in row:
-                record(row)
-                runtime.say(f"step {iter_num}: " + ", ".join(
-                    f"{key} {value:.4f}" for key, value in row.items() if key.startswith("val")))
-                is_best = iter_num > 0 and row["val_loss"] < best_val_loss  # trained, and saved
-                best_val_loss = row["val_loss"] if is_best else best_val_loss
-                save = iter_num and (is_best or always_save_checkpoint or iter_num == max_iters)
-            wish = runtime.agree(DATA_FAULT if fault else signals.wish)  # the same on all processes
-            if (save or wish and iter_num > saved_at) and not eval_only:
-                if runtime.is_main:
-                    save_checkpoint(run_dir, model, tokenizer, optimizer, scaler, {
-                        **row, "iter_num": iter_num, "best_val_loss": best_val_loss,
-                        "bad_steps": bad.tolist(), "config": asked, "shards": train_data.shards},
-                        is_best, keep_checkpoints)
+            # the same on all processes: what stops the run, and how much of its minutes is used
+            wish, used = runtime.agree(DATA_FAULT if fault else signals.wish, log.used())
+            last, row = iter_num >= max_iters or used >= 1, None
+            if eval_only or not evaluated and wish != DATA_FAULT and (
+                    last or iter_num % eval_interval == 0):
+                row, fault = read(validate, wrapped, model.config, val_data,
+                                  eval_iters * batch_size, config["batch_size"], runtime)
+                evaluated, wish = True, DATA_FAULT if fault else wish
+            is_best = bool(row) and 0 < iter_num and row["val_loss"] < best_val_loss
+            best_val_loss = row["val_loss"] if is_best else best_val_loss
+            due = row and iter_num > 0 and (is_best or last or always_save_checkpoint)
+            if row:
+                log.evaluation(iter_num, row)
+            if (due or wish and iter_num > saved_at) and not eval_only:
+                checkpoints.save({
+                    "iter_num": iter_num, "tokens": iter_num * tokens_per_iter, **(row or {}),
+                    "best_val_loss": best_val_loss, "bad_steps": log.bad.tolist(),
+                    "minutes": log.minutes(),
+                    "config": asked, "shards": train_data.shards}, is_best)
                 saved_at = iter_num
-            if "val_loss" in row and runtime.is_main and iter_num and not eval_only:
+            if row and runtime.is_main and iter_num and not eval_only:
                 draw_loss(run_dir)
-            if wish or "val_loss" in row:
-                clock, since_clock = time.perf_counter(), 0
-            if eval_only and not fault or iter_num >= max_iters:
+            if (eval_only or last) and wish != DATA_FAULT:
                 break
             if wish:
-                obey(wish, fault, signals, run_dir, iter_num, runtime)
+                checkpoints.wait()
+                obey(int(wish), fault, signals, run_dir, iter_num, runtime)
+            if row or wish:
+                log.restart_clock()
 
             share = lr_at(iter_num, 1.0, min_lr / learning_rate, warmup_iters, lr_decay_iters,
-                          schedule, decay_share) if decay_lr and learning_rate else 1.0
-            lr = learning_rate * share
+                          schedule, decay_share, used if max_minutes else None
+                          ) if decay_lr and learning_rate else 1.0
             set_rates(optimizer, peaks, share, iter_num)
             torch.manual_seed(seed_for(seed, "dropout", iter_num, runtime.rank))
-            began = began or time.perf_counter()
             batches = batches or load_batches(train_data, iter_num, micro_steps, config, model,
                                               runtime)
-            try:
-                loss, grad_norm = train_step(wrapped, optimizer, scaler, batches, grad_clip,
-                                             runtime)
-            except torch.OutOfMemoryError as error:
-                micro_steps = smaller_batch(config, micro_steps, iter_num - first_iter, error,
-                                            runtime)
-                optimizer.zero_grad(set_to_none=True)
-                batches = None
-                continue
-            bad = count_bad(bad, loss, grad_norm, scaler)
-            # on a GPU the step is still under way while the next tokens are read
-            batches, fault = read(False, load_batches, train_data, iter_num + 1, micro_steps,
-                                  config, model, runtime) if iter_num + 1 < max_iters else (0, 0)
-            since_clock += 1
-            if iter_num % log_interval == 0:
-                loss, norm, skipped, streak = torch.stack([loss, grad_norm, *bad]).tolist()  # waits
-                now = time.perf_counter()
-                seconds, clock, since_clock = (now - clock) / since_clock, now, 0
-                row = {"iter": iter_num, "tokens": (iter_num + 1) * tokens_per_iter, "loss": loss,
-                       "grad_norm": norm, "lr": lr, "ms": 1000 * seconds,
-                       "tokens_per_s": tokens_per_iter / seconds,
-                       **mfu(model, tokens_per_iter / seconds, runtime),
-                       **({"bad_steps": int(skipped)} if skipped else {})}
-                record(row)
-                if math.isfinite(norm):
-                    norm_mean = norm if norm_mean is None else 0.98 * norm_mean + 0.02 * norm
-                left = (now - began) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1)
-                runtime.say(log_line(row, norm_mean, max_iters, left))
-                if streak >= max_bad_steps + (HALVINGS if scaler.is_enabled() else 0):
-                    raise ValueError(stop_of_bad_steps(streak, iter_num, run_dir))
+            loss, grad_norm = train_step(wrapped, optimizer, scaler, batches, grad_clip, runtime)
+            if iter_num + 1 < max_iters:  # a GPU is still at work while the next tokens are read
+                batches, fault = read(load_batches, train_data, iter_num + 1, micro_steps, config,
+                                      model, runtime)
+            log.iteration(iter_num, learning_rate * share, loss, grad_norm, scaler)
             iter_num, evaluated = iter_num + 1, False
-    runtime.close()
 
 
 # ---------------------------------------------------------------------- before the first iteration
@@ -241,11 +219,8 @@ def check(config):
                 "batch_size", "block_size", "gradient_accumulation_steps"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]}: must be 1 or more")
-    for key in ("max_iters", "total_batch_size", "learning_rate", "min_lr", "weight_decay",
-                "grad_clip", "warmup_iters"):
-        if config[key] < 0:
-            raise ValueError(f"{key}={config[key]}: must be 0 or more")
-    for key in ("muon_lr", "embed_lr"):
+    for key in ("max_iters", "max_tokens", "max_minutes", "total_batch_size", "learning_rate",
+                "min_lr", "weight_decay", "grad_clip", "warmup_iters", "muon_lr", "embed_lr"):
         if config[key] < 0:
             raise ValueError(f"{key}={config[key]}: must be 0 or more")
     if not 0 < config["decay_share"] <= 1:
@@ -253,6 +228,9 @@ def check(config):
     for key, choices in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
         if config[key] not in choices:
             raise ValueError(f"{key}={config[key]!r}: choose {' or '.join(choices)}")
+    if config["fsdp"] and config["dtype"] == "float16":
+        raise ValueError("fsdp=True with dtype='float16': the scaler of gradients works on whole "
+                         "ones only; use --dtype=bfloat16 or float32")
     for key in ("beta1", "beta2"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key}={config[key]}: must be at least 0 and below 1")
@@ -364,6 +342,7 @@ def memory_line(model, config, runtime):
     """Return what the run needs and what there is, in a line. An estimate refuses nothing."""
     state, kept = memory_needed(model, config["batch_size"], runtime.dtype,
                                 config["activation_checkpointing"])
+    state /= runtime.world_size if config["fsdp"] else 1
     there = memory_there(runtime.device)
     tight = there is not None and state + kept > there
     return (f"memory: about {(state + kept) / 1e9:.2f} GB ({state / 1e9:.2f} weights, gradients "
@@ -389,14 +368,12 @@ def padded(vocab_size):
 # ---------------------------------------------------------------------- what stops a run
 
 
-def read(at_once, function, *args):
+def read(function, *args):
     """Return (function(*args), None), or (None, its error) where the data cannot be read, so that a
-    checkpoint can be saved first. at_once: raise it, because other processes wait in `function`."""
+    checkpoint can be saved first."""
     try:
         return function(*args), None
     except (ValueError, OSError) as error:
-        if at_once:
-            raise
         return None, error
 
 
@@ -405,50 +382,44 @@ def obey(wish, fault, signals, run_dir, iter_num, runtime):
     runtime.agree(0)  # no process leaves while the main one is still writing
     go_on = f"go on with --init_from=resume --out_dir={run_dir}" if iter_num else "nothing to save"
     if wish == DATA_FAULT:
-        why = fault or "another process could not read its data"
+        why = fault or OTHER_PROCESS
         raise ValueError(f"{why} (stopped at iteration {iter_num}: {go_on})") from fault
     runtime.say(f"{signal.Signals(wish).name}: saved at iteration {iter_num}"
                 + (f"; {go_on}" if wish in signals.STOP else ""))
     if wish in signals.STOP:
-        runtime.close()
         sys.exit(128 + wish)
     signals.saved()
 
 
-def smaller_batch(config, micro_steps, done, error, runtime):
-    """Divide batch_size by its smallest factor, 2 where it is even; return so many times more
-    micro-steps. Raises ValueError where that is no way out."""
-    size = config["batch_size"]
-    if done > 2 or size == 1 or runtime.world_size > 1:  # other processes wait for this one's sums
-        raise ValueError(f"out of memory with batch_size={size}, "
-                         f"block_size={config['block_size']}: lower "
-                         "batch_size (total_batch_size keeps the tokens per iteration), "
-                         "block_size, n_layer or n_embd") from error
-    factor = next(n for n in range(2, size + 1) if size % n == 0)
-    config["batch_size"] = size // factor
-    runtime.say(f"out of memory with batch_size={size}: going on with {size // factor}, and "
-                f"{micro_steps * factor} micro-steps instead of {micro_steps}: the same iterations")
-    return micro_steps * factor
-
-
-def count_bad(bad, loss, grad_norm, scaler):
-    """Return (2,) on the device: updates skipped because they were not numbers, and those in a row.
-
-    float16's scaler skips some to find its scale: those count in the row, and not in the sum.
-    """
-    of_loss = ~torch.isfinite(loss)
-    skipped = of_loss | ~torch.isfinite(grad_norm)
-    return torch.stack([bad[0] + (of_loss if scaler.is_enabled() else skipped),
-                        (bad[1] + 1) * skipped])
-
-
-def stop_of_bad_steps(streak, iter_num, run_dir):
-    latest = run_dir / "latest"
-    last = latest.read_text("utf-8").strip() if latest.is_file() else ""
-    return (f"{streak:.0f} updates in a row up to iteration {iter_num} had a loss or a gradient "
-            "that is not a number, and were skipped; "
-            + (f"the last good checkpoint is {run_dir / last}" if last else "no checkpoint yet")
-            + "; lower learning_rate, or raise max_bad_steps")
+def fit_memory(model, optimizer, config, micro_steps, runtime):
+    """Try a micro-step beside room for the optimizer's state; while it is too large for a process's
+    device, divide batch_size by its smallest factor, 2 where it is even. Return so many times more
+    micro-steps: the iterations stay the same. Raises ValueError where one sequence is too much."""
+    state = 0 if optimizer.state else 8 * sum(p.numel() for p in model.parameters())
+    while True:
+        size, full, room = config["batch_size"], False, None
+        try:
+            room = torch.empty(state, dtype=torch.uint8, device=runtime.device)
+            tokens = torch.zeros(size, config["block_size"], dtype=torch.int64,
+                                 device=runtime.device)
+            with runtime.accumulate(model, last=False), runtime.autocast():
+                model(tokens, tokens).sum().backward()
+        except torch.OutOfMemoryError:
+            full = True
+        del room
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if not runtime.agree(full)[0]:
+            return micro_steps
+        if size == 1:
+            raise ValueError(f"out of memory with batch_size=1, block_size={config['block_size']}: "
+                             "lower block_size, n_layer or n_embd")
+        factor = next(n for n in range(2, size + 1) if size % n == 0)
+        config["batch_size"] = size // factor
+        runtime.say(f"out of memory with batch_size={size}: going on with {size // factor}, and "
+                    f"{micro_steps * factor} micro-steps instead of {micro_steps}: the same "
+                    "iterations")
+        micro_steps *= factor
 
 
 # ---------------------------------------------------------------------- the iteration
@@ -493,14 +464,14 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
     loss = torch.zeros((), device=runtime.device)
     for micro_step, (tokens, targets) in enumerate(batches, 1):
         last = micro_step == len(batches)
-        with nullcontext() if last or runtime.world_size == 1 else model.no_sync():
+        with runtime.accumulate(model, last):
             with runtime.autocast():
                 share = model(tokens, targets).sum() / count
-            # DDP averages gradients over processes, and we want their sum
+            # DDP and FSDP average gradients over processes, and we want their sum
             scaler.scale(share * runtime.world_size).backward()
         loss += share.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
     loss = runtime.sum(loss)  # so that all processes skip the same updates
     if scaler.is_enabled():
         scaler.step(optimizer)
@@ -512,9 +483,9 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
 
 
 def step_if(good, optimizer):
-    """Do the update where `good`, a bool on the device, says so. A fused AdamW reads it there, as
-    it reads the GradScaler's flag; another optimizer waits for the device."""
-    if all(group.get("fused") for group in optimizer.param_groups):
+    """Do the update where `good`, a bool on the device, says so. Muon and a fused AdamW read it
+    there, as a GradScaler's flag; an AdamW that is not fused waits for the device."""
+    if all(group.get("fused", True) for group in optimizer.param_groups):
         optimizer.found_inf = (~good).float()
         optimizer.step()
     elif good.item():
@@ -546,44 +517,30 @@ def evaluate(model, config, data, sequences, batch_size, runtime):
     starts = data.spread(sequences, T)
     mine = starts[runtime.rank::runtime.world_size]
     rounds = -(-len(starts) // (runtime.world_size * B))
-    total, count = 0.0, 0
+    total, count, fault = 0.0, 0, None
     model.eval()
     for i in range(rounds):
         part = mine[i * B:(i + 1) * B]
         padding = np.zeros(B - len(part), np.int64)  # full batches: one shape, compiled once
         places = np.concatenate([part, padding])
-        tokens, targets = to_device(data, data.rows(places, T + 1), data.masks(places, T + 1),
-                                    config, runtime)
+        pair, error = read(lambda places=places: to_device(
+            data, data.rows(places, T + 1), data.masks(places, T + 1), config, runtime))
+        if fault := fault or error:  # told once all processes know: they share the forward passes
+            pair = torch.full((2, B, T), 0, device=runtime.device)
+        tokens, targets = pair
         targets[len(part):] = IGNORE
         with runtime.autocast():
             losses = model(tokens, targets)
         total, count = total + losses.sum().item(), count + (targets != IGNORE).sum().item()
     model.train()
+    if runtime.agree(bool(fault))[0]:
+        raise fault or ValueError(OTHER_PROCESS)
     total, count = runtime.sum(torch.tensor([total, count], dtype=torch.float64, device=(
         runtime.device if runtime.world_size > 1 else "cpu"))).tolist()
     if not count:
         raise ValueError(f"{data.folder}: its mask leaves no target in the {len(starts)} sequences "
                          f"of an evaluation; raise --eval_iters, or prepare the dataset again")
     return total / count
-
-
-# ---------------------------------------------------------------------- what a run leaves
-
-
-def mfu(model, tokens_per_s, runtime):
-    """Return {'mfu': share of the devices' peak FLOP/s}, or {} where the peak is not known."""
-    peak = peak_flops(runtime)
-    achieved = model.flops_per_token() * tokens_per_s / runtime.world_size
-    return {"mfu": achieved / peak} if peak else {}
-
-
-def log_line(row, norm_mean, max_iters, left):
-    share = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
-    minutes, seconds = divmod(round(left), 60)
-    return (f"iter {row['iter']:>{len(str(max_iters))}}/{max_iters} | loss {row['loss']:.4f} | "
-            f"norm {row['grad_norm']:.3f} (mean {norm_mean or math.nan:.3f}) | "
-            f"lr {row['lr']:.2e} | {row['ms']:.1f} ms | {row['tokens_per_s']:,.0f} tok/s{share} | "
-            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# The modern recipe at GPT-2 124M's size on FineWeb: GPT-2's loss with a sixth of its tokens.
+# The modern recipe at GPT-2 124M's size on FineWeb.
 #   python prepare.py --dataset=fineweb --ready_made=True    (10B tokens, 20 GB; this reads 1.7B)
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_modern.py
 # Published for this optimizer and nearly this model: 3,250 iterations to validation loss 3.28

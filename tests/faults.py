@@ -2,19 +2,23 @@
 
     python tests/faults.py --minutes=10 --seed=1  # prints kills, resumes, equal, lost, tracebacks
 
-Runs are tiny, in processes of their own. A killed run must end as the uninterrupted one, metrics
-and weights bit for bit; whatever else is done to it ends in one line, never in a traceback.
+Runs are tiny, in processes of their own (forks of this one, so that nothing is imported anew). A
+killed run must end as the uninterrupted one, metrics and weights bit for bit; whatever else is done
+to it ends in one line, never in a traceback.
 """
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
-import subprocess
+import signal
+import socket
 import sys
 import tempfile
 import time
@@ -23,24 +27,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-RUN = ("import sys, train, configurator; train.draw_loss = id; "
-       "configurator.run(train.main, more_defaults=train.checkpoint_defaults)")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch._dynamo  # noqa: E402, F401  (the first update would, in each fork)
+
+import configurator  # noqa: E402
+import prepare  # noqa: E402
+import train  # noqa: E402
+
 FLAGS = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=13", "--batch_size=2",
-         "--gradient_accumulation_steps=2", "--max_iters=60", "--eval_interval=3", "--eval_iters=2",
+         "--gradient_accumulation_steps=2", "--max_iters=30", "--eval_interval=3", "--eval_iters=2",
          "--learning_rate=1e-2", "--warmup_iters=2", "--dropout=0.1", "--device=cpu",
-         "--dtype=float32", "--compile=False"]
+         "--dtype=float32", "--compile=False", "--init_from=auto"]
 
 
 def main(minutes=10.0, seed=1):
     rng, counts, ends = random.Random(seed), Counter(), time.monotonic() + 60 * minutes
+    train.draw_loss = id
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = prepare_data(folder)
-        began = time.monotonic()
-        run_of(folder / "whole", data)
-        seconds = time.monotonic() - began
-        counts["fuzzed"] = fuzz(rng, 1000, counts)
-        rounds = [lambda: kill(rng, folder, data, seconds, counts),
+        fuzz(rng, 1000, counts)
+        seconds = {}  # that an uninterrupted run takes, with one process and with two
+        for processes in (1, 2):
+            began = time.monotonic()
+            code, error = finish(start(folder / f"whole_{processes}", data, processes=processes))
+            assert code == 0, error
+            seconds[processes] = time.monotonic() - began
+        rounds = [lambda: kill(rng, folder, data, seconds[1], counts),
+                  lambda: kill(rng, folder, data, seconds[2], counts, processes=2),
                   lambda: fill(rng, folder, data, counts),
                   lambda: corrupt_checkpoint(rng, folder, data, counts),
                   lambda: corrupt_tokens(rng, folder, data, counts)]
@@ -48,13 +63,12 @@ def main(minutes=10.0, seed=1):
             if number >= len(rounds) and time.monotonic() > ends:
                 break
             rounds[number % len(rounds)]()
+            print(number, dict(sorted(counts.items())), file=sys.stderr, flush=True)
     print(json.dumps(dict(sorted(counts.items()))))
     return counts
 
 
 def prepare_data(folder):
-    import prepare
-
     rng = random.Random(7)
     words = "the cat sat on a mat and saw dog run".split()
     (folder / "words.txt").write_text(
@@ -64,23 +78,50 @@ def prepare_data(folder):
     return folder / "data"
 
 
-def start(out_dir, data, *flags, **options):
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, *FLAGS, f"--out_dir={out_dir}", f"--dataset={data}",
-         "--init_from=auto", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+def start(out_dir, data, *flags, processes=1, largest_file=None):
+    """Start train.py with so many processes; return [(process, the file of its error output)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [*FLAGS, f"--out_dir={out_dir}", f"--dataset={data}", *flags]
+
+    def run(rank, path):
+        with open(path, "w") as error, open(os.devnull, "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(error.fileno(), 2)
+            faulthandler.enable(error)
+            sys.stdout, sys.stderr = output, error
+            if processes > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
+                                  WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
+            if largest_file:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+            configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=argv)
+
+    run_processes = []
+    for rank in range(processes):
+        path = Path(out_dir).parent / f"error_{rank}"
+        process = multiprocessing.get_context("fork").Process(target=run, args=(rank, path))
+        process.start()
+        run_processes.append((process, path))
+    return run_processes
 
 
-def run_of(out_dir, data, *flags, counts=None, **options):
-    """Run to the end; return (exit code, error output). Counts a traceback, and says it."""
-    process = start(out_dir, data, *flags, **options)
-    _, error = process.communicate()
-    if counts is None:
-        assert process.returncode == 0, error
-    elif "Traceback" in error or process.returncode not in (0, 2):
+def finish(started, counts=None):
+    """Wait for the end; return (the largest exit code, all error output). Counts a traceback, and
+    one that does not end, and says it."""
+    for process, _ in started:
+        process.join(120)
+        if process.is_alive():
+            counts["hanging"] += 1
+            os.kill(process.pid, signal.SIGABRT)  # which prints where it hangs
+            process.join()
+    code = max(process.exitcode % 256 for process, _ in started)  # a signal's is negative
+    error = "".join(path.read_text() for _, path in started)
+    if counts is not None and ("Traceback" in error or code not in (0, 2)):
         counts["tracebacks"] += 1
-        print(error, file=sys.stderr)
-    return process.returncode, error
+        print(code, error, file=sys.stderr)
+    return code, error
 
 
 def end_of(out_dir):
@@ -92,48 +133,52 @@ def end_of(out_dir):
     return rows, (out_dir / last / "model.safetensors").read_bytes()
 
 
-def compare(folder, counts):
-    equal = end_of(folder / "run") == end_of(folder / "whole")
-    counts["equal" if equal else "lost"] += 1
+def go_on(folder, data, counts, processes=1, **options):
+    """Resume the run, and compare its end with the uninterrupted one's."""
+    code, _ = finish(start(folder / "run", data, processes=processes, **options), counts)
+    if code == 0:
+        counts["resumes"] += 1
+        equal = end_of(folder / "run") == end_of(folder / f"whole_{processes}")
+        counts["equal" if equal else "lost"] += 1
+    return code
 
 
-def kill(rng, folder, data, seconds, counts):
-    """Kill one run several times, at random moments and while a checkpoint is being written."""
+def kill(rng, folder, data, seconds, counts, processes=1):
+    """Kill one process of a run several times, at random moments and while a checkpoint is being
+    written, in the background or not."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     for _ in range(rng.randint(1, 5)):
-        process = start(out, data)
+        started = start(out, data, f"--async_checkpoint={rng.random() < 0.5}", processes=processes)
+        process, _ = rng.choice(started)
         if rng.random() < 0.5:  # as soon as the next checkpoint is being written, or a bit later
             until, seen = time.monotonic() + seconds, set(out.glob("iter_*"))
-            while process.poll() is None and time.monotonic() < until:
+            while process.is_alive() and time.monotonic() < until:
                 if set(out.glob("iter_*.tmp")) - seen:
                     time.sleep(rng.random() * 0.01)
-                    counts["kills_while_saving"] += 1
+                    counts["kills_while_saving"] += process.is_alive()
                     break
+                time.sleep(0.002)
         else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.5, 1) * seconds)
-        if process.poll() is None:
-            process.kill()
-            counts["kills"] += 1
-        error = process.communicate()[1]
-        counts["tracebacks"] += "Traceback" in error
-    run_of(out, data, counts=counts)
-    counts["resumes"] += 1
-    compare(folder, counts)
+            process.join(rng.uniform(0.1, 1) * seconds)
+        counts["kills"] += process.is_alive()
+        process.kill()
+        for other, path in started:
+            other.join(5)
+            other.kill()  # as torchrun does to one that waits for the dead one
+            other.join()
+            counts["tracebacks"] += processes == 1 and "Traceback" in path.read_text()
+    go_on(folder, data, counts, processes)
 
 
 def fill(rng, folder, data, counts):
     """Let no file grow beyond a size, as on a full disk; then make room and resume."""
-    out = folder / "run"
-    shutil.rmtree(out, ignore_errors=True)
-    limit = rng.randint(500, 30_000)
-    code, error = run_of(out, data, counts=counts, preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (limit, limit)))
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    code, error = finish(start(
+        folder / "run", data, f"--async_checkpoint={rng.random() < 0.5}",
+        largest_file=rng.randint(500, 30_000)), counts)
     counts["filled"] += code == 2 and error.count("\n") == 1
-    run_of(out, data, counts=counts)
-    counts["resumes"] += 1
-    compare(folder, counts)
+    go_on(folder, data, counts)
 
 
 def change(rng, path):
@@ -151,16 +196,11 @@ def corrupt_checkpoint(rng, folder, data, counts):
     """Damage a file of the newest checkpoint, or a pointer, of a run that was stopped halfway."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    run_of(out, data, "--max_iters=30", "--lr_decay_iters=600000")
+    finish(start(out, data, "--max_iters=15"))
     newest = out / (out / "latest").read_text().strip()
     change(rng, rng.choice([*newest.iterdir(), out / "latest", out / "best"]))
-    code, _ = run_of(out, data, "--max_iters=60", counts=counts)
     counts["checkpoints_corrupted"] += 1
-    if code == 0:
-        counts["resumes"] += 1
-        compare(folder, counts)
-    else:
-        counts["refused"] += 1
+    counts["refused"] += go_on(folder, data, counts) == 2
 
 
 def corrupt_tokens(rng, folder, data, counts):
@@ -170,7 +210,7 @@ def corrupt_tokens(rng, folder, data, counts):
         shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(data, copy)
     change(rng, rng.choice([path for path in copy.iterdir() if path.is_file()]))
-    code, _ = run_of(out, copy, "--max_iters=10", counts=counts)
+    code, _ = finish(start(out, copy, "--max_iters=10"), counts)
     counts["datasets_corrupted"] += 1
     counts["refused"] += code == 2
 
@@ -178,9 +218,6 @@ def corrupt_tokens(rng, folder, data, counts):
 def fuzz(rng, number, counts):
     """Call train's command line with that many sets of wrong and right settings, in this process:
     those that pass the checks end before a model is made."""
-    import configurator
-    import train
-
     keys = list(configurator.keyword_defaults(train.main))
     values = ["", "0", "-1", "1", "7", "1e400", "nan", "0.5", "True", "a:1,b:2", "\x00", "é", "=",
               "99999999999999999999", "../..", "/dev/null", "[]", "None", "a:,", ":1", "cuda:99"]
@@ -214,9 +251,9 @@ def fuzz(rng, number, counts):
                 except BaseException as wrong:
                     counts["tracebacks"] += 1
                     print(f"{argv}\n{config.read_text('utf-8')}\n{wrong!r}", file=sys.stderr)
+                counts["fuzzed"] += 1
     finally:
         train.setup = setup
-    return number
 
 
 if __name__ == "__main__":

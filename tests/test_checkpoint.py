@@ -5,17 +5,20 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_processes
 from test_train import (  # noqa: F401
     CPU,
     ROOT,
@@ -33,10 +36,12 @@ from test_train import (  # noqa: F401
 )
 
 import checkpoint
+import configurator
 import train
 from model import GPT, GPTConfig
 from optim import adamw
-from runtime import Signals, memory_needed
+from runtime import Signals, memory_needed, setup
+from tokens import Mixture, TokenReader
 
 
 def same_end(a, b):
@@ -143,6 +148,45 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_intact(tmp_path, d
     assert names == {"iter_000005", "latest", "best", "metrics.jsonl"}
     do_run(tmp_path / "run", dataset, eval_interval=5, init_from="auto")
     assert same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_checkpoints_in_the_background_are_the_same(tmp_path, dataset, monkeypatch):
+    """Also where writing takes longer than the iterations after it."""
+    do_run(tmp_path / "whole", dataset, eval_interval=2, keep_checkpoints=9, optimizer="muon")
+    write, threads = checkpoint.write_checkpoint, set()
+
+    def slow(*args):
+        threads.add(threading.current_thread().name)
+        time.sleep(0.2)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    do_run(tmp_path / "run", dataset, eval_interval=2, keep_checkpoints=9, optimizer="muon",
+           async_checkpoint=True)
+    assert len(threads) == 1 and threading.current_thread().name not in threads
+    for folder in (tmp_path / "whole").glob("iter_*"):
+        for name in ("model.safetensors", "trainer.pt"):
+            assert (folder / name).read_bytes() == (tmp_path / "run" / folder.name / name
+                                                    ).read_bytes(), (folder, name)
+    assert (tmp_path / "run/latest").read_text() == "iter_000010\n"
+
+
+@pytest.mark.parametrize("at", [4, 10])
+def test_a_checkpoint_that_fails_in_the_background_is_told(tmp_path, dataset, monkeypatch, capsys,
+                                                           at):
+    write = checkpoint.save_weights
+
+    def full(weights, folder):
+        if folder.name == f"iter_{at:06d}.tmp":
+            raise OSError(28, "No space left on device")
+        write(weights, folder)
+
+    monkeypatch.setattr(checkpoint, "save_weights", full)
+    assert command_line(*as_flags(**{**TINY, "out_dir": tmp_path / "run", "dataset": dataset,
+                                     "eval_interval": 2, "async_checkpoint": True})) == 2
+    error = capsys.readouterr().err
+    assert f"iter_{at:06d}: cannot be written (No space left" in error and error.count("\n") == 1
+    assert (tmp_path / "run/latest").read_text() == f"iter_{at - 2:06d}\n"
 
 
 def test_a_metrics_line_cut_short_is_written_again(tmp_path, dataset):
@@ -275,30 +319,32 @@ def test_too_many_bad_steps_stop_the_run(tmp_path, dataset, monkeypatch):
 # ---------------------------------------------------------------------- memory
 
 
-def test_out_of_memory_divides_the_micro_batch(tmp_path, dataset, monkeypatch, capsys):
-    whole = do_run(tmp_path / "whole", dataset, batch_size=6, gradient_accumulation_steps=2)
-    step = train.train_step
+@pytest.mark.parametrize("rank_with_room_for", [(1,), (9, 1), (4, 3)], ids=str)
+def test_out_of_memory_divides_the_micro_batch(rank_with_room_for):
+    """The processes' devices hold so many sequences: all take what fits on the smallest."""
+    model = GPT(GPTConfig(13, 11, 1, 1, 7), torch.Generator().manual_seed(5))
+    optimizer, forward = adamw(model, 1e-2, 0.1, (0.9, 0.95)), model.forward
+    least = min(rank_with_room_for)
 
-    def full(model, optimizer, scaler, batches, *rest):
-        if len(batches[0][0]) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return step(model, optimizer, scaler, batches, *rest)
+    def fit(rank):
+        def limited(tokens, targets):
+            if len(tokens) > rank_with_room_for[rank]:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return forward(tokens, targets)
 
-    monkeypatch.setattr(train, "train_step", full)
-    rows = do_run(tmp_path / "run", dataset, batch_size=6, gradient_accumulation_steps=2)
-    said = capsys.readouterr().out
-    assert "out of memory with batch_size=6: going on with 3, and 4 micro-steps inste" in said
-    assert "out of memory with batch_size=3: going on with 1, and 12 micro-steps inst" in said
-    assert losses_of(rows) == pytest.approx(losses_of(whole), abs=1e-5)
-    assert [r["val_loss"] for r in rows if "val_loss" in r] == pytest.approx(
-        [r["val_loss"] for r in whole if "val_loss" in r], abs=1e-5)
-    monkeypatch.setattr(train, "train_step", step)
-    alone = do_run(tmp_path / "alone", dataset, batch_size=1, gradient_accumulation_steps=12)
-    assert losses_of(alone) == losses_of(rows)  # the same data in the same order
-    for size, world in ((1, 1), (6, 2)):
-        with pytest.raises(ValueError, match="lower batch_size .* block_size, n_layer or n_embd"):
-            train.smaller_batch({"batch_size": size, "block_size": 13}, 1, 0, None,
-                                replace(CPU, world_size=world))
+        model.forward = limited
+        config, runtime = {"batch_size": 6, "block_size": 13}, setup("cpu", "float32")
+        wrapped = runtime.wrap(model)
+        assert train.fit_memory(wrapped, optimizer, config, 2, runtime) == 2 * 6 // least
+        assert config["batch_size"] == least and not optimizer.state
+        assert all(p.grad is None for p in model.parameters())
+
+    codes, said = in_processes(len(rank_with_room_for), fit)
+    assert not any(codes), said
+    assert "out of memory with batch_size=6: going on with 3, and 4 micro-steps instead" in said[0]
+    model.forward = lambda tokens, targets: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    with pytest.raises(ValueError, match="batch_size=1, block_size=13: lower block_size, n_layer"):
+        train.fit_memory(model, optimizer, {"batch_size": 2, "block_size": 13}, 2, CPU)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
@@ -366,6 +412,19 @@ def test_resume_refuses_what_loses_its_place(tmp_path, dataset, mix, settings, s
     settings = {**settings, **({"mix": mix} if "mix" in settings else {})}
     with pytest.raises(ValueError, match=says + ".* begin a new run with these weights: --init_"):
         do_run(tmp_path / "run", dataset, init_from="resume", max_iters=4, **settings)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_that_changed_since_it_was_prepared_is_noticed(tmp_path, dataset, capsys, split):
+    shutil.copytree(dataset, tmp_path / "data")
+    path = tmp_path / f"data/{split}_000000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[1024 + 100] ^= 1  # another token, of the vocabulary
+    path.write_bytes(raw)
+    assert command_line(*as_flags(**{**TINY, "out_dir": tmp_path / "run",
+                                     "dataset": tmp_path / "data"})) == 2
+    assert f"{path}: its tokens are not those that were prepared" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_token_files_that_changed_are_refused(tmp_path, dataset):
@@ -477,7 +536,8 @@ def test_a_pickle_in_the_place_of_a_file_is_not_run(tmp_path, dataset, name, cap
 
 @pytest.mark.parametrize("change", [
     {"iter_num": "2"}, {"iter_num": -1}, {"config": []}, {"config": {"n_layer": "many"}},
-    {"config": {"out_dir": "/etc"}}, {"model": {"n_layer": 3}}, {"model": {"x": 1}},
+    {"config": {"out_dir": "/etc"}}, {"model": {"n_layer": 3}},
+    {"model": {"n_layer": 10**9}}, {"model": {"x": 1}},
     {"best_val_loss": []}, {"tokens": "a"}, {"shards": [1]}, {"bad_steps": "x"}, {"shards": {}}])
 def test_a_stranger_s_meta_json_is_at_worst_refused(tmp_path, dataset, change, capsys):
     do_run(tmp_path / "run", dataset, max_iters=2)
@@ -504,53 +564,114 @@ def test_pointers_stay_in_the_run_s_folder(tmp_path, dataset, pointer, capsys):
 # ---------------------------------------------------------------------- several processes
 
 
-def torchrun(out_dir, dataset, *flags, start="", restarts=0, **settings):
-    """Start train.py in two processes, with `start` run before in each; return the Popen."""
-    code = f"import os, sys, time, train, configurator\n{start}\ntrain.draw_loss = id\n" \
-           "configurator.run(train.main, more_defaults=train.checkpoint_defaults)\n"
-    script = Path(out_dir).parent / "script.py"
-    script.write_text(code)
-    settings = {**TINY, "gradient_accumulation_steps": 4, **settings}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         f"--max-restarts={restarts}", str(script), f"--out_dir={out_dir}", f"--dataset={dataset}",
-         *as_flags(**settings), *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_stop_at_the_same_iteration_and_go_on(tmp_path, dataset, monkeypatch, fsdp):
+    """One gets SIGTERM: both stop at the same iteration, and go on after it, sharded or not."""
+    settings = dict(gradient_accumulation_steps=2, optimizer="muon", fsdp=fsdp, n_layer=1)
+    codes, said = in_processes(2, lambda rank: do_run(tmp_path / "whole", dataset, **settings))
+    assert codes == [0, 0], said
+
+    def stopped(rank):
+        if rank == 1:
+            signalled(monkeypatch, (5, signal.SIGTERM))
+        do_run(tmp_path / "run", dataset, **settings)
+
+    codes, said = in_processes(2, stopped)
+    assert codes == [143, 143] and "SIGTERM: saved at iteration 6" in said[0], said
+    assert (tmp_path / "run/latest").read_text() == "iter_000006\n"
+    shutil.copytree(tmp_path / "run", tmp_path / "one")
+    codes, said = in_processes(2, lambda rank: do_run(tmp_path / "run", dataset, init_from="auto",
+                                                      **settings))
+    assert codes == [0, 0], said
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+    # the same checkpoint, gone on with by one process, and its by two of the other kind
+    do_run(tmp_path / "one", dataset, init_from="resume", max_iters=8, **{**settings, "fsdp": 0})
+    codes, said = in_processes(2, lambda rank: do_run(
+        tmp_path / "one", dataset, init_from="resume", **{**settings, "fsdp": not fsdp}))
+    assert codes == [0, 0], said
+    assert losses_of(rows_of(tmp_path / "one")) == pytest.approx(
+        losses_of(rows_of(tmp_path / "whole")), abs=1e-4)
+
+
+@pytest.mark.parametrize("source", [Mixture, TokenReader])  # of training, of evaluation
+def test_data_that_fail_one_of_two_processes_end_after_a_checkpoint(tmp_path, dataset, monkeypatch,
+                                                                    source):
+    step, to_device, count = train.train_step, train.to_device, [0]
+
+    def run(rank):
+        def counts(*args):
+            count[0] += 1
+            return step(*args)
+
+        def fails(data, *args):
+            if rank == 1 and count[0] == 6 and isinstance(data, source):
+                raise OSError(5, "Input/output error", "the disk of rank 1")
+            return to_device(data, *args)
+
+        monkeypatch.setattr(train, "train_step", counts)
+        monkeypatch.setattr(train, "to_device", fails)
+        configurator.run(train.main, argv=as_flags(**{
+            **TINY, "out_dir": tmp_path / "run", "dataset": dataset, "eval_interval": 3,
+            "gradient_accumulation_steps": 4}))
+
+    codes, said = in_processes(2, run)
+    assert codes == [2, 2]
+    assert "error: another process could not read its data (stopped at iteration 6: go" in said[0]
+    assert "the disk of rank 1" in said[1]
+    assert (tmp_path / "run/latest").read_text() == "iter_000006\n"
 
 
 AT_STEP = """
-step, count = train.train_step, [0]
+import os, train, configurator
+step, count, attempt = train.train_step, [0], os.environ["TORCHELASTIC_RESTART_COUNT"]
 def breaks(*args):
     count[0] += 1
-    if os.environ["RANK"] == "1" and count[0] == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] \\
-            == "0":
-        {}
+    if os.environ["RANK"] == "1" and count[0] == 3 and attempt == "0":
+        raise KeyError("a bug of rank 1")
+    if os.environ["RANK"] == "1" and count[0] == 6 and attempt == "1":
+        os.kill(os.getpid(), 9)
     return step(*args)
-train.train_step = breaks
+train.train_step, train.draw_loss = breaks, id
+configurator.run(train.main, more_defaults=train.checkpoint_defaults)
 """
 
 
-def test_two_processes_stop_at_the_same_iteration_and_go_on(tmp_path, dataset):
-    done = torchrun(tmp_path / "whole", dataset)
-    assert done.wait(120) == 0, done.stdout.read()
-    # one gets SIGTERM: both stop at the same iteration, and go on after it
-    done = torchrun(tmp_path / "run", dataset, start=AT_STEP.format("os.kill(os.getpid(), 15)"))
-    assert done.wait(120) and "SIGTERM: saved at iteration 6" in done.stdout.read()
-    assert (tmp_path / "run/latest").read_text() == "iter_000006\n"
-    done = torchrun(tmp_path / "run", dataset, "--init_from=auto")
-    assert done.wait(120) == 0, done.stdout.read()
+def test_torchrun_starts_processes_again_that_failed_or_were_killed(tmp_path, dataset):
+    settings = {**TINY, "gradient_accumulation_steps": 4, "init_from": "auto", "dataset": dataset}
+    codes, said = in_processes(2, lambda rank: train.main(**{
+        **settings, "out_dir": f"{tmp_path}/whole"}))
+    assert codes == [0, 0], said
+    script, began = tmp_path / "script.py", time.monotonic()
+    script.write_text(AT_STEP)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--max-restarts=2", str(script), *as_flags(**settings, out_dir=tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "KeyError: 'a bug of rank 1'" in done.stderr and time.monotonic() - began < 100
     assert same_end(tmp_path / "whole", tmp_path / "run")
-    # one is killed: torchrun starts both again, and they go on from the last checkpoint
-    done = torchrun(tmp_path / "killed", dataset, "--init_from=auto", restarts=1,
-                    start=AT_STEP.format("os.kill(os.getpid(), 9)"))
-    assert done.wait(120) == 0, done.stdout.read()
-    assert same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_process_that_fails_ends_the_others_with_its_error(tmp_path, dataset):
-    began = time.monotonic()
-    done = torchrun(tmp_path / "run", dataset,
-                    start=AT_STEP.format("raise KeyError('a bug of rank 1')"))
-    assert done.wait(60) == 1 and time.monotonic() - began < 30
-    assert "KeyError: 'a bug of rank 1'" in done.stdout.read()
+def test_the_slurm_script_starts_a_run_on_two_nodes(tmp_path, dataset):
+    """README's script, with SLURM's commands played: srun starts it once per node."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", text, flags=re.S)[1]
+    settings = {**TINY, "gradient_accumulation_steps": 2, "dataset": dataset,
+                "out_dir": tmp_path / "run"}
+    changed = script.replace("config/train_gpt2.py", " ".join(as_flags(**settings)))
+    changed = changed.replace("--nproc_per_node=8", "--nproc_per_node=1").replace("29500", "29547")
+    assert len(changed.splitlines()) == len(script.splitlines()) and changed != script
+    (tmp_path / "job.sh").write_text(changed)
+    for name, body in (("srun", '"$@" & "$@" & wait -n && wait -n'), ("scontrol", "echo localhost"),
+                       ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", tmp_path / "job.sh"], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2",
+             "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout
+    alone = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=2)
+    assert losses_of(rows_of(tmp_path / "run")) == pytest.approx(losses_of(alone), abs=1e-4)

@@ -7,21 +7,25 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import in_processes
 from safetensors.torch import load_file
 
 import configurator
+import metrics
 import prepare
 import tokens as token_files
 import train
 from model import GPT, IGNORE, GPTConfig
-from optim import adamw
-from runtime import Runtime
+from optim import adamw, lr_at
+from runtime import Runtime, setup, whole
 from tokens import Mixture, TokenReader, parse_mix
 
 ROOT = Path(train.__file__).parent
@@ -327,7 +331,8 @@ def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, m
     land("part_0.bin")  # 29 sequences, and an iteration takes 6
     with monkeypatch.context() as patch:  # the other 31; the third is not needed
         patch.setattr(token_files, "PATIENCE", 5)
-        patch.setattr(token_files.time, "sleep", lambda seconds: land("part_1.bin"))
+        patch.setattr(token_files, "time", SimpleNamespace(
+            monotonic=time.monotonic, sleep=lambda seconds: land("part_1.bin")))
         landed = do_run(tmp_path / "first", f"{folder}")
     assert capsys.readouterr().err.count("waiting for ") == 1
     assert landed == do_run(tmp_path / "second", f"{folder}")
@@ -335,6 +340,41 @@ def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, m
     land("part_2.bin")
     resumed = do_run(tmp_path / "second", f"{folder}", init_from="resume", max_iters=12)
     assert resumed[:10] == landed[:10] and len(losses_of(resumed)) == 12
+
+
+# ---------------------------------------------------------------------- budgets
+
+
+def test_a_budget_of_tokens_is_one_of_iterations(tmp_path, dataset):
+    by_iters = do_run(tmp_path / "iters", dataset, max_iters=7, lr_decay_iters=7)
+    by_tokens = do_run(tmp_path / "tokens", dataset, max_tokens=7 * 78 - 5)
+    assert by_tokens == by_iters and by_iters[-1]["tokens"] == 7 * 78
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_budget_of_minutes_ends_with_a_finished_model(tmp_path, dataset, monkeypatch, capsys,
+                                                        schedule):
+    clock = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    step = train.train_step
+
+    def takes_time(*args):
+        clock[0] += 30  # seconds
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", takes_time)
+    settings = dict(max_iters=1000, lr_decay_iters=3, max_minutes=6.0, schedule=schedule)
+    rows = do_run(tmp_path / "run", dataset, **settings)
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert len(rates) == 12 and rows[-1]["iter"] == 12 and "val_loss" in rows[-1]
+    # the warm-up is in iterations, the rest in minutes from the start
+    wanted = [lr_at(i, 1e-2, 1e-3, 2 if i < 2 else 0, 12, schedule) for i in range(12)]
+    assert rates == pytest.approx(wanted)
+    assert rates[-1] < 0.3 * max(rates)
+    do_run(tmp_path / "run", dataset, init_from="resume", **settings)
+    assert "already at its end, iteration 12" in capsys.readouterr().out
+    more = do_run(tmp_path / "run", dataset, init_from="resume", **{**settings, "max_minutes": 7.})
+    assert more[:-3] == rows and more[-1]["iter"] == 14
 
 
 # ---------------------------------------------------------------------- resume
@@ -402,7 +442,7 @@ def test_resume_takes_the_run_s_own_settings(tmp_path, dataset, capsys):
 def test_a_finished_run_says_so(tmp_path, dataset, capsys):
     before = do_run(tmp_path / "run", dataset, max_iters=2)
     after = do_run(tmp_path / "run", dataset, max_iters=2, init_from="resume")
-    assert "already at iteration 2 of max_iters=2" in capsys.readouterr().out
+    assert "already at its end, iteration 2; raise --max_iters" in capsys.readouterr().out
     assert after == before
 
 
@@ -514,6 +554,22 @@ def test_bfloat16_is_close_to_float32(tmp_path, dataset):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("settings", [dict(dtype="float16"), dict(dtype="bfloat16",
+                                                                  async_checkpoint=True)], ids=str)
+def test_on_a_gpu_resumed_is_uninterrupted(tmp_path, dataset, settings):
+    """But for the order in which a GPU sums."""
+    settings = dict(settings, device="cuda", dropout=0.2, eval_interval=5)
+    whole = do_run(tmp_path / "whole", dataset, **settings)
+    do_run(tmp_path / "parts", dataset, max_iters=5, **settings)
+    parts = do_run(tmp_path / "parts", dataset, init_from="resume", **settings)
+    assert losses_of(parts) == pytest.approx(losses_of(whole), abs=1e-3)
+    a, b = (torch.load(tmp_path / run / "iter_000010/trainer.pt", weights_only=True)["scaler"]
+            for run in ("whole", "parts"))
+    assert a == b and bool(a) == (settings["dtype"] == "float16")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("settings", [dict(), dict(dtype="bfloat16"), dict(dtype="float16"),
                                       dict(dtype="bfloat16", compile="True")], ids=str)
 def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
@@ -525,32 +581,72 @@ def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
 # ---------------------------------------------------------------------- several processes
 
 
-def torchrun(processes, out_dir, dataset, **settings):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", "train.py", f"--out_dir={out_dir}",
-               f"--dataset={dataset}", *as_flags(**{**TINY, **settings})]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("settings", [
+    {}, dict(fsdp=True), dict(optimizer="muon"), dict(optimizer="muon", fsdp=True)], ids=str)
+def test_two_processes_are_one(tmp_path, dataset, settings):
+    """One process, the same accumulated, two in DDP or FSDP: the same iterations."""
+    one = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=1, batch_size=8,
+                 eval_iters=1, **{**settings, "fsdp": False})
+    codes, said = in_processes(2, lambda rank: do_run(
+        tmp_path / "two", dataset, gradient_accumulation_steps=4, eval_iters=4, **settings))
+    assert codes == [0, 0], said
+    do_run(tmp_path / "accumulated", dataset, gradient_accumulation_steps=4, eval_iters=4,
+           **{**settings, "fsdp": False})
+    for name in ("two", "accumulated"):
+        rows = rows_of(tmp_path / name)
+        assert [row["iter"] for row in rows] == [row["iter"] for row in one]
+        for key in ("loss", "val_loss", "grad_norm"):
+            found = [row[key] for row in rows if key in row]
+            assert found == pytest.approx([row[key] for row in one if key in row], abs=1e-4)
+        a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / name)
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=2e-3, rtol=0)
+    assert (said[0] + said[1]).count("iter  9/10") == 1  # one process talks
 
 
-def test_two_processes_are_one(tmp_path, dataset):
-    one = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=4, dropout=0.0)
-    done = torchrun(2, tmp_path / "two", dataset, gradient_accumulation_steps=4)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = rows_of(tmp_path / "two")
-    assert [row["iter"] for row in two] == [row["iter"] for row in one]
-    for key in ("loss", "val_loss", "grad_norm"):
-        found = [row[key] for row in two if key in row]
-        assert found == pytest.approx([row[key] for row in one if key in row], abs=1e-4)
-    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)
-    assert done.stdout.count("iter  9/10") == 1  # one process talks
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_have_the_gradients_of_one(dataset, fsdp):
+    """Accumulated over two micro-steps on each of two processes."""
+    data, gradients = Mixture({dataset: 1}, "train", 13), {}
+    config = {"batch_size": 2, "block_size": 13, "seed": 5}
+
+    class Gradients:  # in the optimizer's place
+        param_groups = [{"fused": True}]
+
+        def __init__(self, model):
+            self.model = model
+
+        def step(self):
+            gradients.update({name: whole(p.grad) for name, p in self.model.named_parameters()})
+
+        def zero_grad(self, set_to_none):
+            pass
+
+    def gradients_of(runtime, micro_steps):
+        model = GPT(GPTConfig(13, 64, 2, 3, 21), torch.Generator().manual_seed(5))
+        wrapped = runtime.wrap(model, fsdp)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        batches = train.load_batches(data, 0, micro_steps, config, model, runtime)
+        train.train_step(wrapped, Gradients(model), scaler, batches, 0.0, runtime)
+        return gradients
+
+    one = dict(gradients_of(CPU, 4))
+
+    def compare(rank):
+        found = gradients_of(setup("cpu", "float32"), 2)
+        assert list(found) == list(one)
+        for name in one:
+            torch.testing.assert_close(found[name], one[name], atol=1e-6, rtol=1e-4)
+
+    codes, said = in_processes(2, compare)
+    assert codes == [0, 0], said
 
 
 def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
-    done = torchrun(2, tmp_path / "run", dataset, gradient_accumulation_steps=3)
-    assert "error: gradient_accumulation_steps=3 is shared out over 2 processes" in done.stderr
+    flags = as_flags(**{**TINY, "out_dir": tmp_path / "run", "dataset": dataset})
+    codes, said = in_processes(2, lambda rank: configurator.run(train.main, argv=flags))
+    assert codes == [2, 2]
+    assert "error: gradient_accumulation_steps=3 is shared out over 2 processes" in said[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -573,6 +669,7 @@ def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
     (["--dataset=nowhere"], "python prepare.py --dataset=nowhere"),
     (["--device=gpu"], "device='gpu'"),
     (["--device=cuda:77"], "device='cuda:77'"),
+    (["--fsdp=True", "--dtype=float16"], "fsdp=True with dtype='float16'"),
     (["--dtype=float8"], "dtype='float8': choose auto, float32, bfloat16, float16"),
     (["--compile=maybe"], "compile='maybe'"),
     (["--init_from=gpt3"], "gpt3: no checkpoint here"),
