@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 IGNORE = -1  # a target that has no loss
 
@@ -191,8 +192,70 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
+class HeadLoss(torch.autograd.Function):
+    """The cross-entropy of the head for N tokens, some rows of logits at a time, never (N, V).
+
+    The gradients are worked out with the losses, while their logits are there. That serves where
+    the losses are summed: all have the same gradient then, which autograd hands over as one number
+    expanded. Where they have not, it is done again (torch's linear_cross_entropy, from 2.13 on,
+    does that always, and has no softcap).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, rows, learns):
+        """Hidden states (N, C), weight (V, C), targets (N,) to losses (N,); learns: is there to be
+        a backward pass?"""
+        ctx.rest, ctx.dtypes = (cap, rows), (x.dtype, weight.dtype)
+        kind = x.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        x = x.to(half)  # (N, C)
+        weight = weight.to(half)  # (V, C)
+        with torch.autocast(kind, enabled=False):
+            losses, *slopes = head_losses(x, weight, targets, cap, rows, learns or None)  # (N,)
+        ctx.save_for_backward(x, weight, targets, *slopes)
+        return losses  # (N,)
+
+    @staticmethod
+    def backward(ctx, scale):
+        x, weight, targets, *slopes = ctx.saved_tensors
+        if scale.stride() == (0,):
+            slopes = [slope * scale[0] for slope in slopes]
+        else:
+            _, *slopes = head_losses(x, weight, targets, *ctx.rest, scale)
+        return *(s.to(dtype) for s, dtype in zip(slopes, ctx.dtypes, strict=True)), *[None] * 4
+
+
+def head_losses(x, weight, targets, cap, rows, scale):
+    """Return the losses (N,), and the gradients of x (N, C) and of weight (V, C) when scale (N,) is
+    that of the losses; True: 1 for each; None: no gradients. The products are in the dtype of x and
+    weight, all else in float32."""
+    losses, dx = x.new_empty(len(x), dtype=torch.float32), []
+    dw = None if scale is None else torch.zeros_like(weight, dtype=torch.float32)  # (V, C)
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        place, counts = targets[part, None].clamp(min=0), targets[part, None] != IGNORE  # (n, 1)
+        logits = F.linear(x[part], weight).float()  # (n, V)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)  # (n, V)
+        slope = F.log_softmax(logits, -1)  # (n, V)
+        losses[part] = (-slope.gather(-1, place) * counts)[:, 0]
+        if scale is None:
+            continue
+        slope = slope.exp_()  # (n, V): the softmax, and 1 less for the target
+        slope.scatter_add_(-1, place, -torch.ones_like(place, dtype=slope.dtype))
+        if cap:
+            slope *= 1 - (logits / cap).square_()
+        if scale is not True:
+            slope *= scale[part, None]
+        slope = slope.to(x.dtype)  # (n, V)
+        dx.append(slope @ weight * counts)  # (n, C)
+        dw += slope.T @ (x[part] * counts)  # (V, C)
+    return (losses,) if scale is None else (losses, torch.cat(dx), dw)
+
+
 class GPT(nn.Module):
     """The transformer. Its parameters bear nanoGPT's names; a tied head is the token embedding."""
+    chunk = 2**25  # logits that exist at a time, in float32, while a loss of more is computed
 
     def __init__(self, config, generator=None):
         """generator: a CPU torch.Generator for the first weights; None takes torch's own."""
@@ -294,9 +357,15 @@ class GPT(nn.Module):
         tokens, targets: (B, T) int64. The caller divides the sum by the number of targets, which
         it alone knows when a batch is accumulated or shared out over devices.
         """
-        logits = self.logits(tokens)  # (B, T, V)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                 ignore_index=IGNORE, reduction="none")  # (B*T,)
+        x = self.hidden(tokens).flatten(0, 1)  # (B*T, C)
+        c, last = self.config, self.transformer.wte if self.config.tied else self.lm_head
+        # compiled, the float32 logits are not kept either, and the products are done once
+        if len(x) * c.vocab_size > self.chunk and not torch.compiler.is_compiling():
+            losses = HeadLoss.apply(x, last.weight, targets.flatten(), c.softcap, max(
+                1, self.chunk // c.vocab_size), torch.is_grad_enabled())  # (B*T,)
+        else:
+            losses = F.cross_entropy(self.head(x).float(), targets.flatten(),
+                                     ignore_index=IGNORE, reduction="none")  # (B*T,)
         return losses.view_as(targets)  # (B, T)
 
     def crop_block_size(self, block_size):
@@ -322,6 +391,22 @@ class GPT(nn.Module):
         N = self.parameter_count() - sum(
             p.numel() for name, p in self.named_parameters() if name.endswith(tables))
         return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+class NoFirstWeights(TorchFunctionMode):
+    """While entered, nothing is drawn: what replaces it costs enough, and for a tensor of the meta
+    device torch would first import its compiler, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
+def without_weights(config):
+    """Return a GPT on the meta device: its shapes, and no memory."""
+    with torch.device("meta"), NoFirstWeights():
+        return GPT(config)
 
 
 def save_weights(weights, folder):
@@ -354,8 +439,7 @@ def load_model(folder, dropout=0.0):
 def from_weights(config, weights, place):
     """Return the GPT with these weights, {name: tensor}, in float32. Raises ValueError, naming
     the place that they are from, where a name or a size does not fit."""
-    with torch.device("meta"):  # no memory, no first weights: the given ones take their place
-        model = GPT(config)
+    model = without_weights(config)  # the given ones take their place
     # a copy, because safetensors' tensors are the file itself, mapped into memory
     weights = {name: p.to(torch.float32, copy=True) for name, p in weights.items()}
     try:

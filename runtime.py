@@ -4,18 +4,22 @@ Everything that depends on the hardware or on torchrun's environment is decided 
 said in one line. Needs torch alone.
 """
 
+import ctypes
 import hashlib
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -258,19 +262,80 @@ class Signals:
         self.wish = 0 if self.wish == self.SAVE else self.wish
 
 
-def memory_needed(model, batch_size, dtype):
+def tune_cpu(device):
+    """Choose what is faster on a CPU, and on no other device: what happens to freed memory, and how
+    dropout draws (experiments/speed.md)."""
+    if device.type == "cpu":
+        keep_freed_memory()
+        draw_dropout_by_bits()
+
+
+@cache
+def keep_freed_memory():
+    """Tell glibc to keep what is freed for the next allocation. Else it gives each large tensor
+    back to the system, and the next one's pages are mapped and zeroed again, with a fault each.
+    Return whether there is a glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else None
+    except AttributeError:  # musl
+        mallopt = None
+    # of malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD; 1 is success
+    return bool(mallopt) and all([mallopt(-4, 0), mallopt(-1, -1), mallopt(-2, 1 << 26)])
+
+
+@cache
+def draw_dropout_by_bits():
+    """Let torch's bernoulli_ on the CPU, which is dropout's mask, take 16 random bits for each
+    number: a quarter of a draw of the generator instead of two whole ones. Probabilities are then
+    multiples of 2**-16. Return what must be kept for as long as that is to last."""
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it replaces torch's own
+        library.impl("bernoulli_.float", bernoulli_by_bits, "CPU")
+    return library
+
+
+def bernoulli_by_bits(x, p=0.5, *, generator=None):
+    """Fill x with 1 where a random 16-bit number is among the p * 2**16 smallest, else with 0."""
+    if not 0 <= p <= 1:
+        raise RuntimeError(f"bernoulli_ expects p to be in [0, 1], but got p={p}")
+    ones = round(p * 2**16) - 2**15
+    if ones == 2**15:
+        return x.fill_(1)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+    bits = draws.random_(-2**63, None, generator=generator).view(torch.int16)
+    return x.copy_((bits[:x.numel()] < ones).view(x.shape))
+
+
+def recompute_blocks(model):
+    """Let the backward pass compute each block again, with the same dropout, instead of keeping
+    what is inside it (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost")."""
+    for block in model.transformer.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def memory_needed(model, batch_size, dtype, recompute=False):
     """Return an estimate of the bytes that training holds at its peak: (weights, gradients and
     AdamW's two moments, with autocast's copies; what a micro-step keeps for its backward pass).
 
     Per token and layer about 17 numbers of the model's width (Korthikanti et al. 2022, "Reducing
-    Activation Recomputation", without attention's matrix, which is never whole), and per token the
-    float32 log-softmax of the logits and its gradient.
+    Activation Recomputation"), and with dropout its two masks; attention's matrix where it is kept,
+    which is with dropout on a CPU: three times. recompute: per layer its input alone, and one layer
+    whole. Of the logits, the float32 log-softmax, its gradient and theirs, of a chunk at the most.
     """
     config, half = model.config, dtype != torch.float32
+    on_cpu = next(model.parameters()).device.type == "cpu"
     state = (18 if half else 16) * sum(p.numel() for p in model.parameters())
-    width, logits = (38, 10) if half else (68, 8)  # bytes, half: some of them float32 all the same
+    wide = 38 if half else 68  # bytes, of which half: some are float32 all the same
+    layer = wide * config.n_embd
+    if config.dropout:
+        layer += (8 if on_cpu else 2) * config.n_embd
+        layer += 12 * config.n_head * config.block_size if on_cpu else 0
     tokens = batch_size * config.block_size
-    return state, tokens * (width * config.n_layer * config.n_embd + logits * config.vocab_size)
+    logits = min(tokens * config.vocab_size, model.chunk) * 12
+    layers = tokens * (layer + 4 * config.n_embd * config.n_layer if recompute
+                       else layer * config.n_layer)
+    return state, layers + logits
 
 
 def memory_there(device):

@@ -15,7 +15,7 @@ import torch
 
 from configurator import run
 from model import find_checkpoint, load_model
-from runtime import compile_model, seed_for, setup
+from runtime import compile_model, seed_for, setup, tune_cpu
 from tokenizer import Tokenizer
 
 
@@ -48,6 +48,7 @@ def main(
                          "its folder with --init_from=")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     runtime = setup(device, dtype)
+    tune_cpu(runtime.device)
     prompt = read_prompt(start)
     if init_from == "resume" or Path(init_from).is_dir():
         folder = init_from if init_from != "resume" else out_dir or newest_run(Path("out"))

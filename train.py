@@ -29,7 +29,7 @@ from checkpoint import (
 )
 from configurator import as_type_of, run
 from metrics import Log, draw_loss, open_run
-from model import GPT, IGNORE, GPTConfig, find_checkpoint, load_model
+from model import GPT, IGNORE, GPTConfig, NoFirstWeights, find_checkpoint, load_model
 from optim import adamw, lr_at, muon_and_adamw, set_rates
 from runtime import (
     Signals,
@@ -37,8 +37,10 @@ from runtime import (
     describe,
     memory_needed,
     memory_there,
+    recompute_blocks,
     seed_for,
     setup,
+    tune_cpu,
     whole,
 )
 from tokenizer import Tokenizer, load_tokenizer
@@ -115,12 +117,14 @@ def main(
     device="auto",  # cuda, mps, cpu, cuda:1
     dtype="auto",  # of matrix products: bfloat16 where native, else float32; float16
     compile="auto",  # torch.compile: True, False; auto: on CUDA, where it works
+    activation_checkpointing=False,  # compute blocks twice instead of keeping what is in them
     fsdp=False,  # with several processes, each holds a part of the weights and of AdamW's state
 ):
     config = resolve(dict(locals()))
     asked, resumes = dict(config), config["init_from"] == "resume"
     check(config)
     runtime = setup(device, dtype, backend)
+    tune_cpu(runtime.device)
     micro_steps = split_batch(config, runtime.world_size)
     tokens_per_iter = micro_steps * runtime.world_size * batch_size * block_size
     if max_tokens:
@@ -134,6 +138,8 @@ def main(
     model, tokenizer, before = make_model(config, place)
     if before and not eval_only:
         news += check_resumed(before, config, tokens_per_iter, train_data.shards, place)
+    if activation_checkpointing:
+        recompute_blocks(model)
     wrapped = compile_model(runtime.wrap(model, fsdp), compile, runtime)
     optimizer = make_optimizer(model, config, runtime)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -179,7 +185,7 @@ def main(
                     "minutes": log.minutes(),
                     "config": asked, "shards": train_data.shards}, is_best)
                 saved_at = iter_num
-            if row and runtime.is_main and not eval_only:
+            if row and runtime.is_main and iter_num and not eval_only:
                 draw_loss(run_dir)
             if (eval_only or last) and wish != DATA_FAULT:
                 break
@@ -303,9 +309,8 @@ def make_model(config, place):
     tokenizer, before = load_tokenizer(*parse_mix(config["mix"], config["dataset"])), {}
     init_from, sizes = config["init_from"], {key: config[key] for key in MODEL_KEYS}
     if init_from == "scratch":
-        with torch.device("meta"):  # torch's own first weights are not computed, ours replace them
+        with NoFirstWeights():  # torch's own are not drawn, ours replace them
             model = GPT(GPTConfig(vocab_size=padded(tokenizer.vocab_size), **sizes))
-        model.to_empty(device="cpu")
         model.init_weights(torch.Generator().manual_seed(seed_for(config["seed"], "init")))
         return model, tokenizer, before
     if names_gpt2(init_from):
@@ -335,7 +340,8 @@ def make_model(config, place):
 
 def memory_line(model, config, runtime):
     """Return what the run needs and what there is, in a line. An estimate refuses nothing."""
-    state, kept = memory_needed(model, config["batch_size"], runtime.dtype)
+    state, kept = memory_needed(model, config["batch_size"], runtime.dtype,
+                                config["activation_checkpointing"])
     state /= runtime.world_size if config["fsdp"] else 1
     there = memory_there(runtime.device)
     tight = there is not None and state + kept > there

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import tokenize
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 import hf
 import model as model_file
 from model import GPT, IGNORE, GPTConfig, find_checkpoint, from_weights, load_model, save_weights
+from runtime import recompute_blocks
 
 B, T, H, D, V = 2, 5, 3, 7, 11
 C, LAYERS, BLOCK = H * D, 2, 13
@@ -286,7 +288,7 @@ def check_shape_comments(path, module):
                 if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return)):
                     for line in range(node.lineno, node.end_lineno + 1):
                         statements[line] = node
-    sizes = {"B": B, "T": T, "V": V}
+    sizes = {"B": B, "T": T, "V": V, "N": B * T}
     reached, right, complaints = set(), set(), {}  # complaints: a set in order
 
     def check(node, values):
@@ -340,6 +342,9 @@ def check_shape_comments(path, module):
         sys.settrace(trace_call)
         try:
             gpt(tokens, targets)
+            gpt.chunk = 3 * V
+            gpt(tokens, targets)
+            gpt.logits(tokens)
             cache = gpt.make_cache(B)
             for start in (0, 3, torch.tensor(3)):
                 sizes["S"] = BLOCK if isinstance(start, torch.Tensor) else start + T
@@ -366,7 +371,7 @@ def test_every_shape_comment_of_the_forward_pass_is_right():
     ("# each (..., T, D/2)", "# each (..., T, D)", "is (2, 9, 5, 2)"),
     ("# each (T, D/2)", "# each (D/2, T)", "(D/2, T) is (5, 2)"),
     ("# (B*T,)", "# (B, T)", "(B, T) is (10,)"),
-    ("# (..., V)", "# (..., C)", "(..., C) is (2, 5, 11)"),
+    ("# (..., V)", "# (..., C)", "(..., C) is (10, 11)"),
     ("# (T,)", "# positions", "no shape comment"),
     ("k, v = cache  # each (B, K, S, D)", "k, v = cache  # each (B, K, T, D)", "(2, 3, 8, 7)"),
     ("# (T, S)", "# (S, T)", "(S, T) is (5, 8)"),
@@ -410,6 +415,14 @@ def test_first_weights_have_gpt2s_deviations():
         assert abs(p.mean().item()) < 4 * expected / math.sqrt(p.numel()), name
 
 
+def test_a_model_without_weights_imports_no_compiler():
+    code = ("import sys; from model import *; model = without_weights(GPTConfig(n_layer=2))\n"
+            "assert all(p.is_meta for p in model.parameters())\n"
+            "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True,
+                   cwd=Path(model_file.__file__).parent)
+
+
 def test_a_seed_fixes_the_first_weights():
     a, b, c = (GPT(CONFIG, torch.Generator().manual_seed(seed)).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -445,6 +458,97 @@ def test_losses_are_per_token_and_ignored_targets_have_none():
         torch.testing.assert_close(losses[b, t], expected)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(losses.sum() / (targets != IGNORE).sum(), expected)
+
+
+WEIGHTS = torch.rand(B, BLOCK, generator=torch.Generator().manual_seed(2))
+
+
+def losses_and_gradients(model, chunk, weights=None, dtype=torch.float32):
+    """Return the losses of B x BLOCK tokens, 3 without a target, and all gradients of their
+    weighted sum; chunk: the logits at a time."""
+    tokens, targets = batch(BLOCK)
+    targets[0, 1] = targets[1, 4] = targets[1, 5] = IGNORE
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patch, torch.autocast(
+            "cpu", dtype, enabled=dtype != torch.float32):
+        patch.setattr(GPT, "chunk", chunk)
+        losses = model(tokens, targets)
+    loss = losses.sum() / 23 if weights is None else (losses * weights).sum()
+    loss.backward()
+    return [losses.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["sum", "weighted"])
+@pytest.mark.parametrize("chunk", [1, 5 * V, B * BLOCK * V - 1])
+@pytest.mark.parametrize("changes", [{}, {"softcap": 2.0}, {"tied": False}],
+                         ids=["gpt2", "softcap", "untied"])
+def test_losses_in_chunks_are_those_at_once(changes, chunk, weights):
+    model = make(spread=0.3, **changes)
+    at_once = losses_and_gradients(model, B * BLOCK * V, weights)
+    in_chunks = losses_and_gradients(model, chunk, weights)
+    assert at_once[0].count_nonzero() == 23 and not torch.equal(at_once[2], in_chunks[2])
+    for a, b in zip(at_once, in_chunks, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["sum", "weighted"])
+def test_losses_in_chunks_are_as_exact_in_bfloat16(weights):
+    model = make(spread=0.3, softcap=5.0)
+    expected = losses_and_gradients(model, B * BLOCK * V, weights)
+    off = {}
+    for chunk in (B * BLOCK * V, 5 * V):
+        found = losses_and_gradients(model, chunk, weights, torch.bfloat16)
+        assert all(f.dtype == torch.float32 for f in found)
+        off[chunk] = [(f - e).norm() / e.norm() for f, e in zip(found, expected, strict=True)]
+    for at_once, in_chunks in zip(*off.values(), strict=True):
+        assert in_chunks < 1.5 * at_once + 2e-3 and in_chunks < 0.05
+
+
+def test_losses_in_chunks_never_have_all_logits():
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            for x in out if isinstance(out, tuple) else [out]:
+                self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    model = make(vocab_size=400, n_embd=3, n_head=1)  # its weight has 1,200 numbers
+    for chunk, largest in ((B * BLOCK * 400, B * BLOCK * 400), (4 * 400, 4 * 400)):
+        with Largest() as seen:
+            losses_and_gradients(model, chunk)
+        assert seen.size == largest
+
+
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["gpt2", "all switches"])
+def test_recomputed_blocks_change_nothing_and_keep_less(changes):
+    """Dropout too is the same the second time."""
+    kept = []
+    for recompute in (False, True):
+        model, tensors = make(dropout=0.3, **changes), {}
+        if recompute:
+            recompute_blocks(model)
+        torch.manual_seed(4)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, tensors=tensors: tensors.update({x.data_ptr(): x.numel()}) or x,
+                lambda x: x):
+            found = losses_and_gradients(model, B * BLOCK * V)
+        kept.append((found, sum(tensors.values())))
+    assert all(map(torch.equal, *(found for found, _ in kept)))
+    assert kept[1][1] < kept[0][1] / 2
+    assert set(model.state_dict()) == set(make(**changes).state_dict())
+
+
+def test_losses_in_chunks_need_no_gradient():
+    model, (tokens, targets) = make(), batch()
+    expected = model(tokens, targets)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(GPT, "chunk", 3 * V)
+        calls, own = [], model_file.head_losses
+        patch.setattr(model_file, "head_losses", lambda *args: calls.append(args[-1]) or own(*args))
+        torch.testing.assert_close(model(tokens, targets), expected.detach())
+    assert calls == [None]
 
 
 def test_the_embedding_is_the_head_and_learns_from_both_uses():

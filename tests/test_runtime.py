@@ -1,19 +1,34 @@
 """runtime.py: choices of device, dtype, backend and compilation, seeds, peaks."""
 
+import itertools
+import math
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
+import runtime as module
+from model import GPT, GPTConfig
+from optim import adamw
 from runtime import (
     Runtime,
+    bernoulli_by_bits,
     compile_model,
     describe,
+    memory_needed,
     peak_flops,
     pick_device,
     pick_dtype,
+    recompute_blocks,
     seed_for,
     setup,
 )
+from train import train_step
 
+ROOT = module.os.path.dirname(module.__file__)
 CPU = Runtime(torch.device("cpu"), torch.float32)
 GPU = Runtime(torch.device("cuda", 0), torch.bfloat16)
 
@@ -125,6 +140,105 @@ def test_autocast_is_for_matrix_products():
         assert (a @ a.T).dtype == torch.bfloat16
         assert (a + a).dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
+
+
+# ---------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("sizes, recompute, dtype", [
+    (dict(n_layer=4, n_head=2, n_embd=64), False, torch.float32),
+    (dict(n_layer=4, n_head=2, n_embd=64, dropout=0.2), False, torch.float32),
+    (dict(n_layer=1, n_head=1, n_embd=16, vocab_size=9000), False, torch.float32),
+    (dict(n_layer=4, n_head=2, n_embd=64), True, torch.float32),
+    (dict(n_layer=4, n_head=2, n_embd=64), False, torch.bfloat16),
+], ids=["layers", "dropout", "logits", "recompute", "bfloat16"])
+def test_the_memory_estimate_is_what_training_takes(sizes, recompute, dtype, monkeypatch):
+    """All tensors that there are at once, over two updates, as torch's profiler counts them."""
+    monkeypatch.setattr(GPT, "chunk", 2**19)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profiler:
+        model = GPT(GPTConfig(block_size=64, **{"vocab_size": 65, "bias": False, **sizes}))
+        if recompute:
+            recompute_blocks(model)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        optimizer = adamw(model, 1e-3, 0.1, (0.9, 0.95))
+        for _ in range(2):
+            batch = torch.randint(model.config.vocab_size, (2, 16, 64))
+            train_step(model, optimizer, scaler, [tuple(batch)], 1.0, replace(CPU, dtype=dtype))
+    changes = sorted((event.start_ns(), event.nbytes()) for event in
+                     profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    peak = max(itertools.accumulate(size for _, size in changes))
+    estimate = sum(memory_needed(model, 16, dtype, recompute))
+    assert estimate == pytest.approx(peak, rel=0.15), (estimate, peak)
+
+
+# ---------------------------------------------------------------------- what is faster on a CPU
+
+
+def test_a_cpu_alone_is_tuned(monkeypatch):
+    done = []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: done.append("memory"))
+    monkeypatch.setattr(module, "draw_dropout_by_bits", lambda: done.append("dropout"))
+    module.tune_cpu(torch.device("cuda", 0))
+    assert done == []
+    module.tune_cpu(torch.device("cpu"))
+    assert done == ["memory", "dropout"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept():
+    """A process that takes and frees 40 MB many times faults its pages once."""
+    code = ("import resource, runtime, numpy\n"
+            "if {}: assert runtime.keep_freed_memory()\n"
+            "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "numpy.ones(5_000_000); before = faults()\n"
+            "for i in range(5): numpy.ones(5_000_000)\n"
+            "print(faults() - before)")
+    given, kept = (int(subprocess.run([sys.executable, "-c", code.format(keep)], text=True,
+                                      check=True, cwd=ROOT, capture_output=True).stdout)
+                   for keep in (False, True))
+    assert given > 50 and kept < given / 10  # 50: where pages are of 2 MB
+
+
+def test_without_glibc_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    assert module.keep_freed_memory.__wrapped__() is False
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: object())  # musl has no mallopt
+    assert module.keep_freed_memory.__wrapped__() is False
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.8, 1.0])
+def test_bernoulli_by_bits_has_the_share_and_no_pattern(p):
+    n, generator = 400_000, torch.Generator().manual_seed(5)
+    x = bernoulli_by_bits(torch.full((n + 1,), 7.0), p, generator=generator)
+    assert set(x.unique().tolist()) <= {0.0, 1.0}
+    deviation = 5 * math.sqrt(p * (1 - p) / n)
+    assert x.mean().item() == pytest.approx(p, abs=deviation + 1e-12)
+    for lag in (1, 2, 3, 4, 8):  # the four numbers of one draw, and of neighbours
+        pairs = (x[lag:] * x[:-lag]).mean().item()
+        assert pairs == pytest.approx(p * p, abs=5 * math.sqrt(p * p * (1 - p * p) / n) + 1e-12)
+
+
+def test_bernoulli_by_bits_is_a_function_of_the_seed_and_of_any_shape():
+    def drawn(x, seed=3):
+        return bernoulli_by_bits(x, 0.3, generator=torch.Generator().manual_seed(seed))
+
+    x = drawn(torch.empty(5, 7))
+    assert torch.equal(x, drawn(torch.empty(7, 5).T)) and not torch.equal(x, drawn(x.clone(), 4))
+    assert torch.equal(x.bool(), drawn(torch.empty(5, 7, dtype=torch.bool)))
+    assert drawn(torch.empty(0)).shape == (0,) and drawn(torch.empty(())).shape == ()
+    with pytest.raises(RuntimeError, match="p=1.5"):
+        bernoulli_by_bits(torch.empty(3), 1.5)
+
+
+def test_dropout_draws_by_bits_where_it_is_tuned():
+    module.draw_dropout_by_bits()
+    x = torch.ones(3, 50)
+    torch.manual_seed(8)
+    dropped = torch.nn.functional.dropout(x, 0.25)
+    torch.manual_seed(8)
+    assert torch.equal(dropped, bernoulli_by_bits(x.clone(), 0.75) / 0.75)
 
 
 # ---------------------------------------------------------------------- one process of some

@@ -529,6 +529,18 @@ def test_loss_curve_is_drawn(tmp_path, dataset):
     assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
+# ---------------------------------------------------------------------- memory
+
+
+def test_activation_checkpointing_changes_no_number(tmp_path, dataset, monkeypatch):
+    expected = do_run(tmp_path / "a", dataset, dropout=0.2, max_iters=4)
+    called, own = [], train.recompute_blocks
+    monkeypatch.setattr(train, "recompute_blocks", lambda model: called.append(1) or own(model))
+    assert do_run(tmp_path / "b", dataset, dropout=0.2, max_iters=4,
+                  activation_checkpointing=True) == expected
+    assert called
+
+
 # ---------------------------------------------------------------------- number formats, compile
 
 
