@@ -133,17 +133,17 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(tmp_path, dataset, capsys
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_intact(tmp_path, dataset):
     do_run(tmp_path / "whole", dataset, eval_interval=5)
     limit = max(p.stat().st_size for p in (tmp_path / "whole/iter_000010").iterdir()) - 100
-    flags = as_flags(**{**TINY, "out_dir": tmp_path / "run", "dataset": dataset,
-                        "eval_interval": 5})
-    command = [sys.executable, "-c", "import train, configurator, sys; train.draw_loss = id;"
-               "configurator.run(train.main, more_defaults=train.checkpoint_defaults)", *flags]
-    first = subprocess.run([*command, "--max_iters=5"], cwd=ROOT, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    full = subprocess.run(
-        [*command, "--init_from=auto"], cwd=ROOT, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
-    assert "iter_000010: cannot be written" in full.stderr and "make room" in full.stderr
+    do_run(tmp_path / "run", dataset, eval_interval=5, max_iters=5)
+
+    def full(rank):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        configurator.run(train.main, argv=as_flags(**{
+            **TINY, "out_dir": tmp_path / "run", "dataset": dataset, "eval_interval": 5,
+            "init_from": "auto"}))
+
+    codes, said = in_processes(1, full)
+    assert codes == [2] and said[0].count("error: ") == 1 and "Traceback" not in said[0], said
+    assert "iter_000010: cannot be written" in said[0] and "make room" in said[0]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"iter_000005", "latest", "best", "metrics.jsonl"}
     do_run(tmp_path / "run", dataset, eval_interval=5, init_from="auto")
@@ -626,17 +626,15 @@ import os, train, configurator
 step, count, attempt = train.train_step, [0], os.environ["TORCHELASTIC_RESTART_COUNT"]
 def breaks(*args):
     count[0] += 1
-    if os.environ["RANK"] == "1" and count[0] == 3 and attempt == "0":
+    if os.environ["RANK"] == "1" and count[0] == 6 and attempt == "0":
         raise KeyError("a bug of rank 1")
-    if os.environ["RANK"] == "1" and count[0] == 6 and attempt == "1":
-        os.kill(os.getpid(), 9)
     return step(*args)
 train.train_step, train.draw_loss = breaks, id
 configurator.run(train.main, more_defaults=train.checkpoint_defaults)
 """
 
 
-def test_torchrun_starts_processes_again_that_failed_or_were_killed(tmp_path, dataset):
+def test_torchrun_starts_processes_again_after_one_failed(tmp_path, dataset):
     settings = {**TINY, "gradient_accumulation_steps": 4, "init_from": "auto", "dataset": dataset}
     codes, said = in_processes(2, lambda rank: train.main(**{
         **settings, "out_dir": f"{tmp_path}/whole"}))
@@ -645,7 +643,7 @@ def test_torchrun_starts_processes_again_that_failed_or_were_killed(tmp_path, da
     script.write_text(AT_STEP)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "--max-restarts=2", str(script), *as_flags(**settings, out_dir=tmp_path / "run")],
+         "--max-restarts=1", str(script), *as_flags(**settings, out_dir=tmp_path / "run")],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]

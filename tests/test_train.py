@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -732,13 +731,15 @@ def test_wandb_that_does_not_work_is_one_line(tmp_path, dataset, capsys, monkeyp
 
 def test_wandb_offline(tmp_path, dataset):
     wandb = pytest.importorskip("wandb")
-    settings = {**TINY, "max_iters": 2, "wandb_log": True, "wandb_run_name": "tiny"}
-    for extra in ([], ["--init_from=resume", "--max_iters=3"]):
-        done = subprocess.run(
-            [sys.executable, "train.py", f"--out_dir={tmp_path / 'run'}", f"--dataset={dataset}",
-             *as_flags(**settings), *extra], cwd=ROOT, capture_output=True, text=True, timeout=120,
-            env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
-        assert done.returncode == 0, done.stderr[-3000:]
+
+    def logged_run(rank, **settings):
+        do_run(tmp_path / "run", dataset, wandb_log=True, wandb_run_name="tiny", **settings)
+        wandb.finish()
+
+    for settings in (dict(max_iters=2), dict(max_iters=3, init_from="resume")):
+        codes, said = in_processes(1, partial(logged_run, **settings), WANDB_MODE="offline",
+                                   WANDB_SILENT="true")
+        assert codes == [0], said
     logged = list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
     assert all(path.stat().st_size > 1000 for path in logged), wandb.__version__
     assert len(logged) == 2 and len({path.stem for path in logged}) == 1  # one run, resumed
