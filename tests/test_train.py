@@ -581,9 +581,13 @@ def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, dict(fsdp=True), dict(optimizer="muon"), dict(optimizer="muon", fsdp=True)], ids=str)
-def test_two_processes_are_one(tmp_path, dataset, settings):
-    """One process, the same accumulated, two in DDP or FSDP: the same iterations."""
+    {}, dict(fsdp=True, activation_checkpointing=True), dict(optimizer="muon"),
+    dict(optimizer="muon", fsdp=True)], ids=str)
+def test_two_processes_are_one(tmp_path, dataset, monkeypatch, settings):
+    """One process, the same accumulated, two in DDP or FSDP: the same iterations. Where blocks are
+    computed again, the loss is in chunks too."""
+    if "activation_checkpointing" in settings:
+        monkeypatch.setattr(GPT, "chunk", 64)
     one = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=1, batch_size=8,
                  eval_iters=1, **{**settings, "fsdp": False})
     codes, said = in_processes(2, lambda rank: do_run(
