@@ -44,7 +44,7 @@ def main(repeats, flags):
         return time.perf_counter() - began
 
     times = {key: [] for key in ("iteration", "wait", "next", "wait async", "next async")}
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         Path(folder, "metrics.jsonl").touch()
         kinds = [Checkpoints(Path(folder), model, Tokenizer({"kind": "bytes"}), optimizer, scaler,
                              1, kind, runtime) for kind in (False, True)]
