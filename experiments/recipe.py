@@ -3,6 +3,7 @@
     python experiments/recipe.py --corpus=books.jsonl.gz                 # everything, one by one
     python experiments/recipe.py --corpus=books.jsonl.gz --only='small/recipe-without-*'
     python experiments/recipe.py --out_dir=experiments/logs/recipe       # tables and plot alone
+    python experiments/recipe.py --cost=True --threads=1     # processor time of an iteration
 
 Each run is train.py in a process of its own, in <out_dir>/<size>/<name>/. Finished runs are
 skipped and half done ones resumed, so the same command goes on where it was stopped.
@@ -15,13 +16,15 @@ import re
 import statistics
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from configurator import run  # noqa: E402
+from configurator import keyword_defaults, run  # noqa: E402
 
-ITERS, SEEDS, PARTS = 840, (1337, 1338, 1339), (4, 6, 8, 10, 12)
+ITERS, SEEDS, PARTS = 840, (1337, 1338, 1339), (4, 6, 7, 8, 10, 12)
 COMMON = dict(max_iters=ITERS, lr_decay_iters=ITERS, eval_interval=ITERS, eval_iters=120,
               log_interval=35, keep_checkpoints=1, batch_size=8, gradient_accumulation_steps=1,
               block_size=128, min_lr=0.0)  # 1,024 tokens per iteration, 122,880 of validation
@@ -61,8 +64,11 @@ def main(
     out_dir="out/recipe",  # where the runs are
     only="*",  # which of them to train, such as 'small/*'
     threads=0,  # of each run; 0: torch's choice
+    cost=False,  # instead: measure what an iteration of both costs, once the corpus is prepared
 ):
     out_dir = Path(out_dir).resolve()
+    if cost:
+        return print_cost(out_dir, threads)
     if corpus:
         environ = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         call(["prepare.py", f"--input={Path(corpus).resolve()}", f"--dataset={out_dir}/data",
@@ -108,6 +114,11 @@ def runs():
     return found
 
 
+def first_runs(size):
+    """Return the names of GPT-2's run and the recipe's at the rates taken, at the first seed."""
+    return f"{size}/gpt2-{BEST[size]}", "{}/recipe-{}-{}".format(size, *RECIPE_BEST)
+
+
 def rates(muon_lr, factor):
     """The recipe's rates: Muon's, and AdamW's by a factor of those in config/train_modern.py."""
     return dict(muon_lr=muon_lr, learning_rate=0.004 * factor, embed_lr=0.3 * factor)
@@ -140,6 +151,36 @@ def call(command, environ, log=None):
         sys.exit(f"{command[0]} ended with {code}" + (f": see {log.name}" if log else ""))
 
 
+def print_cost(out_dir, threads, repeats=15):
+    """Print the processor milliseconds of an iteration, medians over repeats, taken by turns."""
+    import torch
+
+    import train
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+    for size in SIZES:
+        steps, spent = {}, {"gpt2": [], "recipe": []}
+        for kind, name in zip(spent, first_runs(size), strict=True):
+            settings = {**keyword_defaults(train.main), **runs()[name], "device": "cpu",
+                        "dtype": "float32", "dataset": f"{out_dir}/data"}
+            runtime = train.setup("cpu", "float32")
+            model, *_ = train.make_model(settings, None)
+            data = train.Mixture(train.parse_mix("", settings["dataset"]), "train", 128)
+            steps[kind] = partial(train.train_step, model, train.make_optimizer(
+                model, settings, runtime), torch.amp.GradScaler(enabled=False),
+                train.load_batches(data, 0, 1, settings, model, runtime), 0.0, runtime)
+        for _ in range(repeats):
+            for kind, step in steps.items():
+                began = time.process_time()
+                step()
+                spent[kind].append(1000 * (time.process_time() - began))
+        ratios = sorted(b / a for a, b in zip(*spent.values(), strict=True))
+        print(f"{size}: " + ", ".join(f"{kind} {statistics.median(ms):.0f} ms"
+                                      for kind, ms in spent.items())
+              + f"; ratio {statistics.median(ratios):.2f} (quarter to three quarters "
+              f"{ratios[repeats // 4]:.2f} to {ratios[-1 - repeats // 4]:.2f})")
+
+
 def metrics(folder):
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.open()] if path.is_file() else []
@@ -164,8 +205,7 @@ def table(head, rows, known):
 
 def tables(losses):
     """Return the four tables of {name: final validation loss}, as markdown."""
-    first = {size: (f"{size}/gpt2-{BEST[size]}", "{}/recipe-{}-{}".format(size, *RECIPE_BEST))
-             for size in SIZES}
+    first = {size: first_runs(size) for size in SIZES}
     swept = [[name, loss, "taken" if name in first[name.partition("/")[0]] else ""]
              for name, loss in losses.items() if re.fullmatch(r"\w+/(gpt2|recipe)(-[\d.]+)+", name)]
     compared, shorter, changed = [], [], []
@@ -213,8 +253,7 @@ def draw(out_dir, losses):
 
     _, axes = plt.subplots(1, len(SIZES), figsize=(11, 4.5))
     for axis, size in zip(axes, SIZES, strict=True):
-        for name, label in ((f"{size}/gpt2-{BEST[size]}", "GPT-2, AdamW tuned"),
-                            ("{}/recipe-{}-{}".format(size, *RECIPE_BEST), "recipe")):
+        for name, label in zip(first_runs(size), ("GPT-2, AdamW tuned", "recipe"), strict=True):
             rows = [row for row in metrics(out_dir / name) if "val_loss" in row and row["iter"]]
             axis.plot([row["tokens"] / 1e6 for row in rows], [row["val_loss"] for row in rows],
                       "o-", label=label)
