@@ -5,8 +5,9 @@ import faults
 
 def test_nothing_is_lost(monkeypatch):
     monkeypatch.setattr(faults.train, "draw_loss", faults.train.draw_loss)  # restored after it
-    counts = faults.main(minutes=0.3)
+    counts = faults.main(minutes=0.4)
     assert not counts["lost"] and not counts["tracebacks"] and not counts["hanging"], counts
     assert counts["kills"] >= 2 and counts["equal"] == counts["resumes"] >= 3, counts
-    assert counts["filled"] == counts["checkpoints_corrupted"] == counts["datasets_corrupted"] == 1
+    assert min(counts[key] for key in (
+        "filled", "checkpoints_corrupted", "datasets_corrupted", "refused")) >= 1, counts
     assert counts["fuzzed"] == 1000 and 500 < counts["fuzzed_refused"] < 1000, counts
