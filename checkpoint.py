@@ -31,10 +31,10 @@ from tokens import load_json, parse_mix, write_aside
 SUMS = "SHA256SUMS"
 KEEPS_THE_RUN = {  # settings that a resumed run may change and compute the same
     "max_iters", "eval_interval", "log_interval", "always_save_checkpoint", "keep_checkpoints",
-    "max_bad_steps", "wandb_log", "wandb_project", "wandb_run_name"}
+    "max_bad_steps", "wandb_log", "wandb_project", "wandb_run_name", "async_checkpoint"}
 ROUNDS_ANEW = {  # and the same but for the order of floating-point sums
     "batch_size", "gradient_accumulation_steps", "total_batch_size", "device", "dtype", "compile",
-    "backend"}
+    "backend", "fsdp", "activation_checkpointing"}
 
 
 class Checkpoints:

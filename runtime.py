@@ -129,7 +129,7 @@ class Runtime:
         if self.world_size == 1:
             return
         # gloo's threads need Python's lock to drop the last tensors, and torch would hold it while
-        # it waits for them to end, which seized one run in twenty up: let them do it now
+        # it waits for them to end, which seized one of 14 runs up: let them do it now
         time.sleep(0.1)
         if kind in (None, SystemExit):
             dist.destroy_process_group()

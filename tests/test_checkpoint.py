@@ -565,7 +565,8 @@ def test_pointers_stay_in_the_run_s_folder(tmp_path, dataset, pointer, capsys):
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_stop_at_the_same_iteration_and_go_on(tmp_path, dataset, monkeypatch, fsdp):
+def test_two_processes_stop_at_the_same_iteration_and_go_on(tmp_path, dataset, monkeypatch, capsys,
+                                                            fsdp):
     """One gets SIGTERM: both stop at the same iteration, and go on after it, sharded or not."""
     settings = dict(gradient_accumulation_steps=2, optimizer="muon", fsdp=fsdp, n_layer=1)
     codes, said = in_processes(2, lambda rank: do_run(tmp_path / "whole", dataset, **settings))
@@ -585,7 +586,12 @@ def test_two_processes_stop_at_the_same_iteration_and_go_on(tmp_path, dataset, m
     assert codes == [0, 0], said
     assert same_end(tmp_path / "whole", tmp_path / "run")
     # the same checkpoint, gone on with by one process, and its by two of the other kind
-    do_run(tmp_path / "one", dataset, init_from="resume", max_iters=8, **{**settings, "fsdp": 0})
+    capsys.readouterr()
+    do_run(tmp_path / "one", dataset, init_from="resume", max_iters=8, async_checkpoint=True,
+           **{**settings, "fsdp": not fsdp})
+    said_of = capsys.readouterr().out
+    assert "async_checkpoint=False is now True (safe)" in said_of
+    assert f"fsdp={fsdp} is now {not fsdp} (the same up to rounding)" in said_of
     codes, said = in_processes(2, lambda rank: do_run(
         tmp_path / "one", dataset, init_from="resume", **{**settings, "fsdp": not fsdp}))
     assert codes == [0, 0], said
