@@ -188,6 +188,15 @@ def write_aside(path, text):
         aside.unlink(missing_ok=True)
 
 
+def read_at(file, offset, size):
+    """Return `size` bytes from `offset`. The file's own position, which forked processes share and
+    move under each other, is left alone; Windows, which cannot do that, cannot fork either."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)
+    return file.read(size)
+
+
 class TokenReader:
     """One split of a dataset as one long row of tokens, read piece by piece from its files.
 
@@ -287,8 +296,7 @@ class TokenReader:
             except OSError as error:
                 raise ValueError(f"{path}: {error.strerror}; it was there at the start, prepare "
                                  "the dataset again") from error
-            file.seek(offset + inside * width)
-            if len(piece := file.read(part * width)) < part * width:
+            if len(piece := read_at(file, offset + inside * width, part * width)) < part * width:
                 raise ValueError(f"{path}: ends before token {inside + part:,}; it was cut short "
                                  "since the start, prepare it again")
             raw, start, count, index = raw + piece, start + part, count - part, index + 1

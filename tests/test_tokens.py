@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import in_processes
 
 import tokens
 from tokens import Mixture, TokenReader, parse_mix, permute, place, read_header, sequence_starts
@@ -289,6 +290,19 @@ def test_a_new_reader_sees_new_files(ready_made):
     llmc_file(ready_made / "aside", range(500, 540))
     os.replace(ready_made / "aside", ready_made / "fineweb_val_000000.bin")
     assert everything(TokenReader(f"{ready_made}", "val")) == [*range(500, 540)]
+
+
+def test_forked_processes_read_at_once(tmp_path):
+    """They share the open files, and so those files' positions."""
+    llmc_file(tmp_path / "train_000000.bin", range(60000))
+    reader = TokenReader(f"{tmp_path}", "train")
+    starts = np.random.default_rng(7).integers(0, 59000, 5000)
+    assert reader.rows(starts[:1], 3)[0, 0] == starts[0]
+
+    def read(rank):
+        assert (reader.rows(starts, 3)[:, 0] == starts).all()
+
+    assert in_processes(3, read)[0] == [0, 0, 0]
 
 
 def test_a_corpus_of_very_many_files(tmp_path):
