@@ -41,6 +41,7 @@ from runtime import (
     tune_cpu,
 )
 from sample import generate, hold_in, next_tokens
+from tokenizer import load_tokenizer
 from tokens import Mixture, load_meta, parse_mix
 
 ROOT = Path(__file__).resolve().parent
@@ -179,6 +180,9 @@ def time_steps(options, settings):
     data = Mixture(parse_mix(settings["mix"], settings["dataset"]), "train",
                    settings["block_size"])
     model = make_model(settings, False, "cpu").to(runtime.device)
+    if settings["align_documents"] or settings["mask_documents"]:
+        train.follow_documents(settings, data, model, load_tokenizer(
+            *parse_mix(settings["mix"], settings["dataset"])))
     if settings["activation_checkpointing"]:
         recompute_blocks(model)
     optimizer = train.make_optimizer(model, settings, runtime)

@@ -256,6 +256,7 @@ def head_losses(x, weight, targets, cap, rows, scale):
 class GPT(nn.Module):
     """The transformer. Its parameters bear nanoGPT's names; a tied head is the token embedding."""
     chunk = 2**25  # logits that exist at a time, in float32, while a loss of more is computed
+    document_start = None  # a token: attention does not look back beyond it, save from a cache
 
     def __init__(self, config, generator=None):
         """generator: a CPU torch.Generator for the first weights; None takes torch's own."""
@@ -325,6 +326,10 @@ class GPT(nn.Module):
         mask = None  # which means causal, or all that there is for a single token
         if cache is not None and (fixed or start > 0 and T > 1):
             mask = torch.arange(end, device=tokens.device) <= positions[:, None]  # (T, S)
+        elif cache is None and self.document_start is not None:
+            documents = (tokens == self.document_start).cumsum(1)  # (B, T)
+            same = documents[:, :, None] == documents[:, None]  # (B, T, T)
+            mask = same.tril()[:, None]  # (B, 1, T, T)
         x = self.transformer.wte(tokens)  # (B, T, C)
         turn = None
         if self.config.rope:

@@ -321,6 +321,15 @@ class TokenReader:
                 block_size, f"{seed} file {index}")
         return starts
 
+    def at_documents(self, starts, block_size, document_start):
+        """Return the starts of sequences, each moved to the first document that begins in its
+        block, where one does and the sequence still ends within the split (by file: the file)."""
+        begins = self.rows(starts, block_size) == document_start
+        moved = starts + begins.argmax(1)  # by 0 where there is none
+        ends = np.cumsum(self.counts) if self.by_file else np.array([self.tokens])
+        return np.where(moved + block_size < ends[np.searchsorted(ends, starts, side="right")],
+                        moved, starts)
+
     def spread(self, sequences, block_size):
         """Return the starts of at most so many sequences, evenly spread over the split."""
         blocks = (self.tokens - 1) // block_size
@@ -330,8 +339,11 @@ class TokenReader:
 class Mixture:
     """One split of one dataset or of several, whose sequences come in exact shares.
 
+    document_start: a token, where sequences are to begin at documents (TokenReader.at_documents).
     mix: as `parse_mix` returns it. Raises ValueError where a split is shorter than a sequence.
     """
+
+    document_start = None
 
     def __init__(self, mix, split, block_size):
         self.weights, self.block_size = list(mix.values()), block_size
@@ -367,6 +379,8 @@ class Mixture:
         for index in np.unique(places[:, 0]).tolist():
             mine, reader = places[:, 0] == index, readers[index]
             starts = reader.starts(places[mine, 1], T, f"{seed}.{index}" if index else seed)
+            if self.document_start is not None:
+                starts = reader.at_documents(starts, T, self.document_start)
             rows[mine] = reader.rows(starts, T + 1)
             if reader.masked:
                 mask[mine] = reader.masks(starts, T + 1)

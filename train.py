@@ -81,6 +81,8 @@ def main(
     gradient_accumulation_steps=40,  # micro-steps per iteration over all devices, where that is 0
     batch_size=12,  # sequences per micro-step and device
     block_size=1024,  # tokens per sequence
+    align_documents=False,  # training's begin at a document, where one begins in their block
+    mask_documents=False,  # attention does not look into the documents before
     # model
     n_layer=12,  # blocks
     n_head=12,  # attention heads
@@ -136,6 +138,7 @@ def main(
     run_dir = run_folder(config)
     place, news = last_whole(run_dir) if resumes else (None, [])
     model, tokenizer, before = make_model(config, place)
+    follow_documents(config, train_data, model, tokenizer)
     if before and not eval_only:
         news += check_resumed(before, config, tokens_per_iter, train_data.shards, place)
     if activation_checkpointing:
@@ -336,6 +339,17 @@ def make_model(config, place):
     if config["block_size"] < model.config.block_size:
         model.crop_block_size(config["block_size"])
     return model, tokenizer, before
+
+
+def follow_documents(config, data, model, tokenizer):
+    """Tell the training data and the model by which token documents begin, where the settings want
+    that. Raises ValueError where the tokenizer has none."""
+    for key, part in (("align_documents", data), ("mask_documents", model)):
+        if config[key] and tokenizer.eot is None:
+            raise ValueError(f"{key}=True: {config['mix'] or config['dataset']} has no end-of-text "
+                             f"token, its text is one document; leave {key} out, or prepare "
+                             "several documents, or with --tokenizer=bytes")
+        part.document_start = tokenizer.eot if config[key] else None
 
 
 def memory_line(model, config, runtime):

@@ -271,6 +271,55 @@ def test_first_weights_of_zero_init():
             assert p.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * p.numel())), name
 
 
+# ---------------------------------------------------------------------- documents
+
+
+DOCUMENTS = torch.tensor([[1, 2, 0, 5, 4, 0, 0, 6, 8, 9, 9, 1, 2],  # begins in one; one is empty
+                          [0, 3, 4, 5, 6, 7, 8, 9, 10, 1, 0, 2, 2]])
+CUTS = ((0, 0, 2), (0, 2, 5), (0, 5, 6), (0, 6, 13), (1, 0, 10), (1, 10, 13))  # row, first, end
+
+
+def keeps_to_documents(model):
+    model.document_start = 0
+    return model
+
+
+def test_a_token_changes_its_document_alone():
+    model = keeps_to_documents(make())
+    before = model.logits(DOCUMENTS)
+    for b, first, end in CUTS:
+        t = first + (DOCUMENTS[b, first] == 0).item()
+        if t == end:
+            continue
+        changed = DOCUMENTS.clone()
+        changed[b, t] = 11 - DOCUMENTS[b, t]
+        same = torch.isclose(model.logits(changed), before, rtol=1e-6, atol=1e-6).all(-1)
+        assert not same[b, t:end].any()
+        same[b, t:end] = True
+        assert same.all()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_document_has_the_losses_and_gradients_that_it_has_alone(recompute):
+    """With rotary positions, of which only differences matter, and all other switches."""
+    targets = DOCUMENTS.roll(-1, 1)
+    targets[1, 4] = IGNORE
+    model, alone = keeps_to_documents(make(**ALL)), make(**ALL)
+    if recompute:
+        recompute_blocks(model)
+    losses = model(DOCUMENTS, targets)
+    losses.sum().backward()
+    for b, first, end in CUTS:
+        its = alone(DOCUMENTS[b:b + 1, first:end], targets[b:b + 1, first:end])
+        torch.testing.assert_close(losses[b:b + 1, first:end], its, rtol=1e-4, atol=1e-5)
+        its.sum().backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+    assert losses[1, 4] == 0
+    free = make(**ALL)(DOCUMENTS, targets)
+    assert not torch.isclose(free, losses).all()
+
+
 # ---------------------------------------------------------------------- the shape comments
 
 TRACED = ("forward", "hidden", "head", "logits", "rotation", "rotate", "swiglu")
@@ -349,6 +398,8 @@ def check_shape_comments(path, module):
             for start in (0, 3, torch.tensor(3)):
                 sizes["S"] = BLOCK if isinstance(start, torch.Tensor) else start + T
                 gpt.hidden(tokens, cache, start)
+            gpt.document_start = 3
+            gpt.logits(tokens)
         finally:
             sys.settrace(before)
     for node in set(statements.values()):  # those that the forward pass did not come by
@@ -375,6 +426,7 @@ def test_every_shape_comment_of_the_forward_pass_is_right():
     ("# (T,)", "# positions", "no shape comment"),
     ("k, v = cache  # each (B, K, S, D)", "k, v = cache  # each (B, K, T, D)", "(2, 3, 8, 7)"),
     ("# (T, S)", "# (S, T)", "(S, T) is (5, 8)"),
+    ("# (B, 1, T, T)", "# (B, H, T, T)", "(B, H, T, T) is (2, 1, 5, 5)"),
     ("return self.head(self.hidden(tokens))  # (B, T, V)",
      "return self.head(self.hidden(tokens))", "no shape comment"),
 ])

@@ -503,6 +503,49 @@ def test_each_dataset_of_a_mixture_has_its_own_order_and_epochs(tmp_path):
         assert np.array_equal(again, rows[part]) and np.array_equal(marks, mask[part])
 
 
+# ---------------------------------------------------------------------- documents
+
+
+def slowly_aligned(ids, start, block_size, end):
+    """Where a sequence moves that begins at `start`, a token at a time; 7 begins a document."""
+    for moved in range(start, start + block_size):
+        if ids[moved] == 7:
+            return moved if moved + block_size + 1 <= end else start
+    return start
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_sequences_begin_at_the_first_document_of_their_block(tmp_path, by_file):
+    ids = np.random.default_rng(3).integers(0, 13, 140 + 40)
+    ids[[130, 172]] = 7
+    llmc_file(tmp_path / "x_train_000000.bin", ids[:140])
+    llmc_file(tmp_path / "x_train_000001.bin", ids[140:])
+    llmc_file(tmp_path / "x_val_000000.bin", ids[:40])
+    if by_file:
+        planned(tmp_path, {"train": {"x_train_000000.bin": 140, "x_train_000001.bin": 40},
+                           "val": {"x_val_000000.bin": 40}}, order="by_file")
+    reader = TokenReader(f"{tmp_path}", "train")
+    plain = np.append(reader.starts(np.arange(200), 11, seed=5), [128, 168])  # at a file's end
+    ends = [140 if by_file and start < 140 else 180 for start in plain]
+    expected = [slowly_aligned(ids, *of) for of in zip(plain.tolist(), [11] * 202, ends,
+                                                       strict=True)]
+    assert reader.at_documents(plain, 11, 7).tolist() == expected
+    moved = sum(a != b for a, b in zip(plain, expected, strict=True))
+    stayed = sum(a == b and ids[a] != 7 and 7 in ids[a:a + 11]
+                 for a, b in zip(plain, expected, strict=True))
+    assert 20 < moved < 180 and stayed  # as there was no room to move
+    mask_file(tmp_path / "x_train_000000.mask", (ids[:140] % 2).tolist())
+    mask_file(tmp_path / "x_train_000001.mask", (ids[140:] % 2).tolist())
+    data = Mixture({f"{tmp_path}": 1}, "train", 11)
+    data.document_start = 7
+    rows, mask = data.sequences(np.arange(200), seed=5)
+    assert rows.tolist() == [ids[start:start + 12].tolist() for start in expected[:200]]
+    assert (mask == rows % 2).all()  # the marks move with their tokens
+    shuffled = np.random.default_rng(3).permutation(200)  # as ranks ask, and resumed runs
+    for part in np.split(shuffled, [7, 8, 60]):
+        assert np.array_equal(data.sequences(part, seed=5)[0], rows[part])
+
+
 # ---------------------------------------------------------------------- small files
 
 

@@ -48,6 +48,17 @@ def mix(dataset):
     return f"{dataset}:0.7,{made_of_words(Path(dataset).parent, 'few', seed=3, sentences=30)}:0.3"
 
 
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """The same words as documents of 1 to 39 characters, which begin with an end-of-text token."""
+    folder, rng = tmp_path_factory.mktemp("documents"), random.Random(5)
+    texts = (" ".join(rng.choices(["the", "cat", "sat", "on", "a"], k=rng.randint(1, 10)))
+             for _ in range(120))
+    (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare.main(dataset=f"{folder}/x", input=f"{folder}/x.jsonl", tokenizer="chars")
+    return f"{folder}/x"
+
+
 def made_of_words(folder, name, seed, sentences):
     rng = random.Random(seed)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run"]
@@ -388,9 +399,12 @@ def test_a_budget_of_minutes_ends_with_a_finished_model(tmp_path, dataset, monke
     dict(optimizer="muon", schedule="wsd", n_head=1, n_embd=20, rope=True, rmsnorm=True,
          qk_norm=True, mlp="relu2", tied=False, zero_init=True, softcap=15.0, value_embeds=True,
          residual_scalars=True),
-], ids=["dropout", "epochs", "float16", "best only", "mix", "muon"])
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, dataset, mix, monkeypatch, settings):
+    dict(align_documents=True, mask_documents=True),
+], ids=["dropout", "epochs", "float16", "best only", "mix", "muon", "documents"])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, dataset, documents, mix, monkeypatch,
+                                              settings):
     settings = {**settings, "mix": mix if "mix" in settings else ""}
+    dataset = documents if "mask_documents" in settings else dataset
     whole = do_run(tmp_path / "whole", dataset, **settings)
     blocks = TokenReader(dataset, "train").tokens // 13
     if "max_iters" in settings:
@@ -582,12 +596,14 @@ def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
 
 @pytest.mark.parametrize("settings", [
     {}, dict(fsdp=True, activation_checkpointing=True), dict(optimizer="muon"),
-    dict(optimizer="muon", fsdp=True)], ids=str)
-def test_two_processes_are_one(tmp_path, dataset, monkeypatch, settings):
+    dict(optimizer="muon", fsdp=True), dict(align_documents=True, mask_documents=True),
+    dict(mask_documents=True, fsdp=True, activation_checkpointing=True)], ids=str)
+def test_two_processes_are_one(tmp_path, dataset, documents, monkeypatch, settings):
     """One process, the same accumulated, two in DDP or FSDP: the same iterations. Where blocks are
     computed again, the loss is in chunks too."""
     if "activation_checkpointing" in settings:
         monkeypatch.setattr(GPT, "chunk", 64)
+    dataset = documents if "mask_documents" in settings else dataset
     one = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=1, batch_size=8,
                  eval_iters=1, **{**settings, "fsdp": False})
     codes, said = in_processes(2, lambda rank: do_run(
@@ -655,6 +671,29 @@ def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
     assert not (tmp_path / "run").exists()
 
 
+# ---------------------------------------------------------------------- documents
+
+
+def test_documents_are_followed_as_the_settings_say(tmp_path, documents, capsys):
+    runs = {name: do_run(tmp_path / name, documents, **settings) for name, settings in {
+        "neither": {}, "align": dict(align_documents=True),
+        "mask": dict(mask_documents=True)}.items()}
+    first = {name: (rows[0]["val_loss"], losses_of(rows)[0]) for name, rows in runs.items()}
+    assert first["align"][0] == first["neither"][0]  # the same weights, the same validation
+    assert first["mask"][0] != first["neither"][0]
+    assert len({loss for _, loss in first.values()}) == 3
+    capsys.readouterr()
+    last = runs["mask"][-1]["val_loss"]
+    for flags, same in (([], True), (["--mask_documents=False"], False)):
+        configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=[
+            f"--out_dir={tmp_path / 'mask'}", "--init_from=resume", "--eval_only=True", *flags])
+        assert (f"val_loss {last:.4f}" in capsys.readouterr().out) == same
+    train.main(**{**TINY, "max_iters": 11}, dataset=documents, out_dir=str(tmp_path / "mask"),
+               init_from="resume")
+    said = capsys.readouterr().out
+    assert "mask_documents=True is now False (another course from here on)" in said
+
+
 # ---------------------------------------------------------------------- wrong input
 
 
@@ -675,6 +714,8 @@ def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
     (["--device=gpu"], "device='gpu'"),
     (["--device=cuda:77"], "device='cuda:77'"),
     (["--fsdp=True", "--dtype=float16"], "fsdp=True with dtype='float16'"),
+    (["--align_documents=True"], "words has no end-of-text token, its text is one document; leave"),
+    (["--mask_documents=True"], "mask_documents=True: "),
     (["--dtype=float8"], "dtype='float8': choose auto, float32, bfloat16, float16"),
     (["--compile=maybe"], "compile='maybe'"),
     (["--init_from=gpt3"], "gpt3: no checkpoint here"),
