@@ -29,14 +29,14 @@ from torch.utils.checkpoint import checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bfloat16/float16 peak of one device, FLOP/s, by words of its name; the first match counts.
-# From the makers' data sheets, without sparsity, with float32 sums.
+# From the makers' data sheets, without sparsity, with float32 sums; compared with torchtitan's list
+# (torchtitan/tools/utils.py, which links the sheets) and nanochat's (nanochat/common.py).
 PEAK_FLOPS = (
     ("B200", 2250e12), ("B100", 1750e12), ("H200 NVL", 835e12), ("H200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12), ("H100", 989e12), ("GH200", 989e12), ("A100", 312e12),
-    ("A800", 312e12), ("A40", 150e12), ("A30", 165e12), ("A10G", 70e12), ("A10", 125e12),
-    ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 5090", 210e12),
-    ("RTX 4090", 165e12), ("RTX 4080", 97e12), ("RTX 3090", 71e12), ("RTX 3080", 60e12),
+    ("H100 NVL", 835e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("GH200", 989e12),
+    ("A100", 312e12), ("A800", 312e12), ("A40", 149.7e12), ("A30", 165e12), ("A10G", 70e12),
+    ("A10", 125e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12), ("RTX 4080", 97.5e12), ("RTX 3090", 71e12), ("RTX 3080", 59.5e12),
     ("V100-PCIE", 112e12), ("V100", 125e12), ("T4", 65e12), ("MI300X", 1307e12),
     ("MI250X", 191.5e12),  # one of its two dies, each of which is a device
 )

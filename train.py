@@ -526,7 +526,7 @@ def evaluate(model, config, data, sequences, batch_size, runtime):
     starts = data.spread(sequences, T)
     mine = starts[runtime.rank::runtime.world_size]
     rounds = -(-len(starts) // (runtime.world_size * B))
-    total, count, fault = 0.0, 0, None
+    sums, fault = [], None
     model.eval()
     for i in range(rounds):
         part = mine[i * B:(i + 1) * B]
@@ -540,12 +540,12 @@ def evaluate(model, config, data, sequences, batch_size, runtime):
         targets[len(part):] = IGNORE
         with runtime.autocast():
             losses = model(tokens, targets)
-        total, count = total + losses.sum().item(), count + (targets != IGNORE).sum().item()
+        sums.append(torch.stack([losses.sum(), (targets != IGNORE).sum()]))
     model.train()
     if runtime.agree(bool(fault))[0]:
         raise fault or ValueError(OTHER_PROCESS)
-    total, count = runtime.sum(torch.tensor([total, count], dtype=torch.float64, device=(
-        runtime.device if runtime.world_size > 1 else "cpu"))).tolist()
+    sums = torch.stack(sums).cpu().double().sum(0)  # waits for the device, once
+    total, count = runtime.sum(sums.to(runtime.device) if runtime.world_size > 1 else sums).tolist()
     if not count:
         raise ValueError(f"{data.folder}: its mask leaves no target in the {len(starts)} sequences "
                          f"of an evaluation; raise --eval_iters, or prepare the dataset again")

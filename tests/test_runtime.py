@@ -33,6 +33,7 @@ from train import make_optimizer, train_step
 ROOT = module.os.path.dirname(module.__file__)
 CPU = Runtime(torch.device("cpu"), torch.float32)
 GPU = Runtime(torch.device("cuda", 0), torch.bfloat16)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -418,6 +419,29 @@ def test_with_kernels_picked_attention_is_the_same_with_and_without_a_mask(own_o
     torch.testing.assert_close([attend(q, k, v, is_causal=True), attend(q, k, v, mask)], before)
 
 
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", list(module.FUSED))
+def test_on_a_gpu_both_passes_use_the_kernel_that_was_picked(name, compiled, monkeypatch,
+                                                             own_order):
+    runtime = setup("cuda", "bfloat16")
+    config = GPTConfig(block_size=128, vocab_size=64, n_layer=1, n_head=2, n_embd=128)
+    monkeypatch.setattr(module, "FUSED", {name: module.FUSED[name]})
+    if pick_attention(config, 2, runtime) == f"attention: not {name}":
+        pytest.skip("this GPU does not have it")
+    model = GPT(config).to(runtime.device)
+    step = torch.compile(model) if compiled else model
+    tokens = torch.zeros(2, 128, dtype=torch.int64, device=runtime.device)
+    with runtime.autocast():
+        step(tokens, tokens).sum().backward()  # traced before the profiler looks
+    with torch.profiler.profile() as profiler, runtime.autocast():
+        step(tokens, tokens).sum().backward()
+    ran = {event.key for event in profiler.key_averages()}
+    kernel = f"aten::_scaled_dot_product_{name}_attention"
+    assert {kernel, f"{kernel}_backward"} <= ran, ran
+
+
 # ---------------------------------------------------------------------- fp8
 
 
@@ -439,25 +463,27 @@ def test_fp8_without_torchao_or_with_odd_sizes_is_refused(monkeypatch):
         use_fp8(GPT(replace(HEADS, block_size=16)), GPU)
 
 
-def test_fp8_keeps_the_weights_and_comes_close():
+@pytest.mark.parametrize("runtime", [CPU, pytest.param(GPU, marks=[pytest.mark.gpu, NO_GPU])])
+def test_fp8_keeps_the_weights_and_comes_close(runtime):
     """The emulation rounds as the hardware does: 3 bits after the first in what goes in, 2 in the
     gradients that come back, of numbers that are all scaled by their tensor's largest."""
     pytest.importorskip("torchao.float8")
     config = GPTConfig(block_size=16, vocab_size=48, n_layer=2, n_head=2, n_embd=32,
                        value_embeds=True, bias=True)
-    model = GPT(config, torch.Generator().manual_seed(1))
-    tokens, targets = torch.randint(48, (2, 5, 16), generator=torch.Generator().manual_seed(2))
+    model = GPT(config, torch.Generator().manual_seed(1)).to(runtime.device)
+    batch = torch.randint(48, (2, 5, 16), generator=torch.Generator().manual_seed(2))
 
     def step():
         model.zero_grad()
-        loss = model(tokens, targets).mean()
+        with runtime.autocast():
+            loss = model(*batch.to(runtime.device)).mean()
         loss.backward()
         return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
     loss, gradients = step()
     before = [(name, id(p)) for name, p in model.named_parameters()]
     weights = {name: p.clone() for name, p in model.state_dict().items()}
-    use_fp8(model, CPU, emulate=True)
+    use_fp8(model, runtime, emulate=runtime is CPU)
     assert [(name, id(p)) for name, p in model.named_parameters()] == before
     after = model.state_dict()
     assert list(after) == list(weights) and all(
@@ -470,7 +496,7 @@ def test_fp8_keeps_the_weights_and_comes_close():
         assert (low_gradients[name] - gradient).norm() < 0.2 * gradient.norm(), name
     for settings in (dict(optimizer="adamw"), dict(optimizer="muon", muon_lr=0.02, embed_lr=0.3)):
         optimizer = make_optimizer(model, dict(settings, learning_rate=1e-3, weight_decay=0.1,
-                                               beta1=0.9, beta2=0.95), CPU)
+                                               beta1=0.9, beta2=0.95), runtime)
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
             number for _, number in before}
 
@@ -481,10 +507,10 @@ def test_fp8_keeps_the_weights_and_comes_close():
 @pytest.mark.parametrize(("name", "peak"), [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA GH200 480GB", 989e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A40", 150e12), ("NVIDIA A10G", 70e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A40", 149.7e12), ("NVIDIA A10G", 70e12),
     ("NVIDIA A10", 125e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12),
     ("NVIDIA L40S", 362e12), ("Tesla T4", 65e12), ("Tesla V100-SXM2-16GB", 125e12),
-    ("Tesla V100-PCIE-32GB", 112e12), ("NVIDIA GeForce RTX 4090", 165e12),
+    ("Tesla V100-PCIE-32GB", 112e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
     ("AMD Instinct MI300X", 1307e12),
     # never a number against another machine's peak
     ("NVIDIA RTX A4000", None), ("NVIDIA RTX 4000 Ada Generation", None), ("NVIDIA H20", None),
