@@ -34,11 +34,13 @@ from model import GPT, GPTConfig, without_weights
 from runtime import (
     compile_model,
     memory_needed,
+    pick_attention,
     pick_device,
     pick_dtype,
     recompute_blocks,
     setup,
     tune_cpu,
+    use_fp8,
 )
 from sample import generate, hold_in, next_tokens
 from tokens import Mixture, load_meta, parse_mix
@@ -179,11 +181,15 @@ def time_steps(options, settings):
     data = Mixture(parse_mix(settings["mix"], settings["dataset"]), "train",
                    settings["block_size"])
     model = make_model(settings, False, "cpu").to(runtime.device)
+    if settings["fp8"]:
+        use_fp8(model, runtime)
     if settings["activation_checkpointing"]:
         recompute_blocks(model)
     optimizer = train.make_optimizer(model, settings, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     wrapped = compile_model(runtime.wrap(model), settings["compile"], runtime)
+    if runtime.device.type == "cuda":
+        runtime.say(pick_attention(model.config, settings["batch_size"], runtime))
 
     def iteration(number):
         """Return the seconds of (reading the batches, the whole iteration)."""

@@ -34,7 +34,7 @@ KEEPS_THE_RUN = {  # settings that a resumed run may change and compute the same
     "max_bad_steps", "wandb_log", "wandb_project", "wandb_run_name", "async_checkpoint"}
 ROUNDS_ANEW = {  # and the same but for the order of floating-point sums
     "batch_size", "gradient_accumulation_steps", "total_batch_size", "device", "dtype", "compile",
-    "backend", "fsdp", "activation_checkpointing"}
+    "backend", "fsdp", "fp8", "activation_checkpointing"}
 
 
 class Checkpoints:
