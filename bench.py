@@ -34,11 +34,13 @@ from model import GPT, GPTConfig, without_weights
 from runtime import (
     compile_model,
     memory_needed,
+    pick_attention,
     pick_device,
     pick_dtype,
     recompute_blocks,
     setup,
     tune_cpu,
+    use_fp8,
 )
 from sample import generate, hold_in, next_tokens
 from tokenizer import load_tokenizer
@@ -183,11 +185,15 @@ def time_steps(options, settings):
     if settings["align_documents"] or settings["mask_documents"]:
         train.follow_documents(settings, data, model, load_tokenizer(
             *parse_mix(settings["mix"], settings["dataset"])))
+    if settings["fp8"]:
+        use_fp8(model, runtime)
     if settings["activation_checkpointing"]:
         recompute_blocks(model)
     optimizer = train.make_optimizer(model, settings, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     wrapped = compile_model(runtime.wrap(model), settings["compile"], runtime)
+    if runtime.device.type == "cuda":
+        runtime.say(pick_attention(model.config, settings["batch_size"], runtime))
 
     def iteration(number):
         """Return the seconds of (reading the batches, the whole iteration)."""

@@ -4,38 +4,48 @@ Everything that depends on the hardware or on torchrun's environment is decided 
 said in one line. Needs torch alone.
 """
 
+import atexit
 import ctypes
 import hashlib
+import math
 import os
 import re
 import signal
+import statistics
 import sys
 import threading
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bfloat16/float16 peak of one device, FLOP/s, by words of its name; the first match counts.
-# From the makers' data sheets, without sparsity, with float32 sums.
+# From the makers' data sheets, without sparsity, with float32 sums; compared with torchtitan's list
+# (torchtitan/tools/utils.py, which links the sheets) and nanochat's (nanochat/common.py).
 PEAK_FLOPS = (
     ("B200", 2250e12), ("B100", 1750e12), ("H200 NVL", 835e12), ("H200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12), ("H100", 989e12), ("GH200", 989e12), ("A100", 312e12),
-    ("A800", 312e12), ("A40", 150e12), ("A30", 165e12), ("A10G", 70e12), ("A10", 125e12),
-    ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 5090", 210e12),
-    ("RTX 4090", 165e12), ("RTX 4080", 97e12), ("RTX 3090", 71e12), ("RTX 3080", 60e12),
+    ("H100 NVL", 835e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("GH200", 989e12),
+    ("A100", 312e12), ("A800", 312e12), ("A40", 149.7e12), ("A30", 165e12), ("A10G", 70e12),
+    ("A10", 125e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12), ("RTX 4080", 97.5e12), ("RTX 3090", 71e12), ("RTX 3080", 59.5e12),
     ("V100-PCIE", 112e12), ("V100", 125e12), ("T4", 65e12), ("MI300X", 1307e12),
     ("MI250X", 191.5e12),  # one of its two dies, each of which is a device
 )
 OTHER_DEVICE = r" (Ti|SUPER|D|Laptop|Max-Q|MIG)\b|-\d+[ABCQ]$"  # another, or a part of one
+
+# attention without its matrix (T, T) in memory, by names of our own
+FUSED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+         "efficient": SDPBackend.EFFICIENT_ATTENTION}
+PICKED = ExitStack()  # holds the order that pick_attention found
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,9 @@ def setup(device="auto", dtype="auto", backend="auto"):
     device = pick_device(device, local_rank if "RANK" in os.environ else None)
     dtype = pick_dtype(dtype, device)
     if device.type == "cuda":
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and sys.platform == "linux":
+            # fewer gaps in its memory; torch reads it at the first tensor there
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)  # before any other use, or each rank fills GPU 0
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     if backend not in ("auto", "nccl", "gloo"):
@@ -226,6 +239,74 @@ def compile_model(model, choice, runtime):
         runtime.say(f"compile: off, a probe failed ({cause})")
         return model
     return torch.compile(model)
+
+
+def pick_attention(config, batch_size, runtime, repeats=10):
+    """Time attention, forward and backward, at the model's sizes with each fused kernel; let torch
+    try the fastest first from now on, on all processes alike; return a line that says so.
+
+    What a kernel does not take, such as a mask, goes to the next, at last to the one that is not
+    fused. A compiled graph keeps the kernel that was first when it was traced; torch's cache of
+    graphs does not know of kernels (pytorch issue 185449), so its key gets a tag.
+    """
+    PICKED.close()
+    H, K = config.n_head, config.kv_heads
+    heads = torch.randn(batch_size, config.block_size, H + 2 * K, config.head_dim,
+                        device=runtime.device, dtype=runtime.dtype).transpose(1, 2)
+    q, k, v = (part.detach().requires_grad_() for part in heads.split([H, K, K], 1))
+
+    def seconds(kernel):
+        times = []
+        try:
+            for _ in range(2 + repeats):
+                runtime.synchronize()
+                began = time.perf_counter()
+                with sdpa_kernel(kernel):
+                    y = F.scaled_dot_product_attention(q, k, v, dropout_p=config.dropout,
+                                                       is_causal=True, enable_gqa=K != H)
+                torch.autograd.grad(y, (q, k, v), y)
+                runtime.synchronize()
+                times.append(time.perf_counter() - began)
+        except RuntimeError:  # it does not take these, or memory is short
+            return math.inf
+        return statistics.median(times[2:])  # the first ones set it up
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why a kernel does not take these
+        times = dict(zip(FUSED, runtime.agree(*map(seconds, FUSED.values())), strict=True))
+    order = sorted(FUSED, key=times.get)
+    PICKED.enter_context(sdpa_kernel([*(FUSED[name] for name in order), SDPBackend.MATH],
+                                     set_priority=True))
+    atexit.register(PICKED.close)  # before torch is taken down
+    torch.compiler.config.cache_key_tag = " ".join(
+        [os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", ""), *order])
+    return "attention: " + ", ".join(
+        f"{name} {1000 * times[name]:.2f} ms" if math.isfinite(times[name]) else f"not {name}"
+        for name in order)
+
+
+def use_fp8(model, runtime, emulate=False):
+    """Let torchao multiply the blocks' matrices as 8-bit floats, each tensor scaled to its largest
+    number (Micikevicius et al. 2022, "FP8 Formats for Deep Learning"), but for sizes that are no
+    multiple of 16. Fast where compiled. The weights, as optimizers and checkpoints see them, stay
+    the same tensors of the same names. emulate: rounds alike, on any device.
+
+    Raises ValueError where the device cannot, or torchao is missing."""
+    if not emulate and (runtime.device.type != "cuda"
+                        or torch.cuda.get_device_capability(runtime.device) < (8, 9)):
+        raise ValueError("fp8=True needs a CUDA GPU of compute capability 8.9 or higher (Ada, H100 "
+                         f"and later), here is {describe(runtime)}; leave fp8 out")
+    if model.config.block_size % 16:
+        raise ValueError(f"fp8=True with block_size={model.config.block_size}: it must be a "
+                         "multiple of 16, as all sizes of such products")
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ValueError(f"fp8=True needs torchao ({error}); pip install torchao==0.18.0, or leave "
+                         "fp8 out") from error
+    convert_to_float8_training(
+        model.transformer.h, config=Float8LinearConfig(emulate=emulate),
+        module_filter_fn=lambda m, name: m.in_features % 16 == m.out_features % 16 == 0)
 
 
 class Signals:

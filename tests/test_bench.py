@@ -9,6 +9,7 @@ import torch
 
 import bench
 import configurator
+import metrics
 import prepare
 import train
 
@@ -102,6 +103,14 @@ def test_times_the_training_step_by_turns_with_theirs(capsys, monkeypatch, quick
     assert lines[1].split("  ")[0] == "" and "flatgpt / their" in lines[1]
     ms = next(line for line in lines if line.startswith("ms "))
     assert "14 (14 to 14)" in ms
+
+
+def test_shows_the_share_of_a_peak_that_is_known(capsys, monkeypatch, quick, tmp_path):
+    monkeypatch.setattr(metrics, "peak_flops", lambda runtime: 2e9)
+    bench_with("--random=True", "--repeats=1", f"--log={tmp_path}/log")
+    row = json.loads((tmp_path / "log").read_text().splitlines()[1])
+    assert row["mfu"] == pytest.approx(row["of_the_limit"] / 2)  # the machine's is 1 GFLOP/s
+    assert "\nmfu  " in capsys.readouterr().out
 
 
 def test_memory_is_measured_in_a_process_of_its_own(capsys):

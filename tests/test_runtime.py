@@ -20,17 +20,20 @@ from runtime import (
     describe,
     memory_needed,
     peak_flops,
+    pick_attention,
     pick_device,
     pick_dtype,
     recompute_blocks,
     seed_for,
     setup,
+    use_fp8,
 )
-from train import train_step
+from train import make_optimizer, train_step
 
 ROOT = module.os.path.dirname(module.__file__)
 CPU = Runtime(torch.device("cpu"), torch.float32)
 GPU = Runtime(torch.device("cuda", 0), torch.bfloat16)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -265,6 +268,21 @@ def test_backends(monkeypatch):
         setup("cpu", "float32", "nccl")
 
 
+def test_the_allocator_s_segments_grow_on_a_gpu_unless_the_user_says_otherwise(monkeypatch,
+                                                                                two_gpus):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    for given in ({}, {"PYTORCH_ALLOC_CONF": "backend:native"},
+                  {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}):
+        environment = dict(given)
+        monkeypatch.setattr(module.os, "environ", environment)
+        setup("cpu")
+        assert environment == given
+        setup("cuda")
+        assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 def test_only_the_main_process_speaks(capsys):
     CPU.say("one", "line")
     Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2).say("nothing")
@@ -321,16 +339,178 @@ def test_compile_compiles_where_the_probe_passes(monkeypatch):
         assert compiled[-1] is model
 
 
+# ---------------------------------------------------------------------- attention's kernel
+
+HEADS = GPTConfig(block_size=13, n_layer=1, n_head=6, n_embd=30, n_kv_head=2)
+
+
+@pytest.fixture
+def own_order():
+    """The choice ends with the test."""
+    with torch.compiler.config.patch(cache_key_tag=""):
+        yield
+    module.PICKED.close()
+
+
+def kernels():
+    """Return the kernels that torch would try now, in their order."""
+    return torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+
+
+def test_the_kernels_are_timed_as_the_model_calls_them(monkeypatch, own_order):
+    calls, own = [], module.F.scaled_dot_product_attention
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda *args, **kwargs: (
+        calls.append((args, kwargs, kernels())) or own(*args, **kwargs)))
+    config = replace(HEADS, dropout=0.1)
+    low = replace(CPU, dtype=torch.bfloat16)
+    with monkeypatch.context() as patch:  # dropout: on a CPU no fused kernel has it
+        patch.setattr(module, "FUSED", {"math": module.SDPBackend.MATH})
+        assert pick_attention(config, 3, low, repeats=1).startswith("attention: math ")
+    expected, calls[:] = calls[:], []
+    model = GPT(replace(config, vocab_size=11))
+    with low.autocast():
+        model(*torch.zeros(2, 3, 13, dtype=torch.int64)).sum().backward()
+    (theirs, kwargs, _), = calls
+    for ours, its_kwargs, enabled in expected:
+        assert len(expected) == 3 and enabled == [module.SDPBackend.MATH]
+        for mine, model_s in zip(ours, theirs, strict=False):
+            assert (mine.shape, mine.dtype, mine.stride()) == (
+                model_s.shape, model_s.dtype, model_s.stride())
+        assert all(kwargs[key] == its_kwargs[key] for key in its_kwargs)
+
+
+def test_the_fastest_kernel_is_tried_first_and_the_others_after_it(monkeypatch, own_order):
+    before, cost = kernels(), {"FLASH_ATTENTION": 5, "CUDNN_ATTENTION": 2, "MATH": 1}
+    clock = [0.0]
+
+    def attention(q, k, v, **kwargs):
+        enabled, = kernels()
+        if enabled.name not in cost:
+            raise RuntimeError("No available kernel")
+        clock[0] += cost[enabled.name]
+        return q * k.sum() * v.sum()
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    line = pick_attention(HEADS, 2, CPU)
+    assert line == "attention: cudnn 2000.00 ms, flash 5000.00 ms, not efficient"
+    assert [kernel.name for kernel in kernels()] == [
+        "CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+    assert torch.compiler.config.cache_key_tag.split() == ["cudnn", "flash", "efficient"]
+    cost["FLASH_ATTENTION"] = 1
+    assert pick_attention(HEADS, 2, CPU).startswith("attention: flash 1000.00 ms, cudnn")
+    assert kernels()[0].name == "FLASH_ATTENTION"
+    # another process was slower with flash
+    slow = replace(CPU, world_size=2)
+    monkeypatch.setattr(Runtime, "agree", lambda self, *times: [times[0] + 9, *times[1:]])
+    assert pick_attention(HEADS, 2, slow).startswith("attention: cudnn 2000.00 ms, flash 10000.00")
+    module.PICKED.close()
+    assert kernels() == before
+
+
+def test_with_kernels_picked_attention_is_the_same_with_and_without_a_mask(own_order):
+    """And what does not take these is left out: on a CPU all but flash."""
+    q, k, v = torch.randn(3, 2, 6, 13, 5)
+    mask = torch.ones(13, 13, dtype=torch.bool).tril()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    before = [attend(q, k, v, is_causal=True), attend(q, k, v, mask)]
+    line = pick_attention(HEADS, 2, CPU)
+    assert line.startswith("attention: flash ") and line.endswith(" ms, not cudnn, not efficient")
+    torch.testing.assert_close([attend(q, k, v, is_causal=True), attend(q, k, v, mask)], before)
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", list(module.FUSED))
+def test_on_a_gpu_both_passes_use_the_kernel_that_was_picked(name, compiled, monkeypatch,
+                                                             own_order):
+    runtime = setup("cuda", "bfloat16")
+    config = GPTConfig(block_size=128, vocab_size=64, n_layer=1, n_head=2, n_embd=128)
+    monkeypatch.setattr(module, "FUSED", {name: module.FUSED[name]})
+    if pick_attention(config, 2, runtime) == f"attention: not {name}":
+        pytest.skip("this GPU does not have it")
+    model = GPT(config).to(runtime.device)
+    step = torch.compile(model) if compiled else model
+    tokens = torch.zeros(2, 128, dtype=torch.int64, device=runtime.device)
+    with runtime.autocast():
+        step(tokens, tokens).sum().backward()  # traced before the profiler looks
+    with torch.profiler.profile() as profiler, runtime.autocast():
+        step(tokens, tokens).sum().backward()
+    ran = {event.key for event in profiler.key_averages()}
+    kernel = f"aten::_scaled_dot_product_{name}_attention"
+    assert {kernel, f"{kernel}_backward"} <= ran, ran
+
+
+# ---------------------------------------------------------------------- fp8
+
+
+@pytest.mark.parametrize("runtime, capability", [(CPU, None), (GPU, (8, 0)), (GPU, (8, 6))])
+def test_fp8_is_refused_where_there_is_none(runtime, capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    name = r"cuda:0 \(NVIDIA A100-SXM4-80GB\)" if capability else "cpu"
+    with pytest.raises(ValueError, match=f"capability 8.9 or higher .* here is device {name}"):
+        use_fp8(GPT(HEADS), runtime)
+
+
+def test_fp8_without_torchao_or_with_odd_sizes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(ValueError, match="fp8=True with block_size=13: .* multiple of 16"):
+        use_fp8(GPT(HEADS), GPU)
+    with pytest.raises(ValueError, match="fp8=True needs torchao .*pip install torchao=="):
+        use_fp8(GPT(replace(HEADS, block_size=16)), GPU)
+
+
+@pytest.mark.parametrize("runtime", [CPU, pytest.param(GPU, marks=[pytest.mark.gpu, NO_GPU])])
+def test_fp8_keeps_the_weights_and_comes_close(runtime):
+    """The emulation rounds as the hardware does: 3 bits after the first in what goes in, 2 in the
+    gradients that come back, of numbers that are all scaled by their tensor's largest."""
+    pytest.importorskip("torchao.float8")
+    config = GPTConfig(block_size=16, vocab_size=48, n_layer=2, n_head=2, n_embd=32,
+                       value_embeds=True, bias=True)
+    model = GPT(config, torch.Generator().manual_seed(1)).to(runtime.device)
+    batch = torch.randint(48, (2, 5, 16), generator=torch.Generator().manual_seed(2))
+
+    def step():
+        model.zero_grad()
+        with runtime.autocast():
+            loss = model(*batch.to(runtime.device)).mean()
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    loss, gradients = step()
+    before = [(name, id(p)) for name, p in model.named_parameters()]
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    use_fp8(model, runtime, emulate=runtime is CPU)
+    assert [(name, id(p)) for name, p in model.named_parameters()] == before
+    after = model.state_dict()
+    assert list(after) == list(weights) and all(
+        type(p) is torch.Tensor and torch.equal(p, weights[name]) for name, p in after.items())
+    replaced = [name for name, m in model.named_modules() if type(m).__name__ == "Float8Linear"]
+    assert len(replaced) == 8 and not any(name.endswith("gate") for name in replaced)  # (2, 12)
+    low_loss, low_gradients = step()
+    assert low_loss != loss and low_loss == pytest.approx(loss, rel=1e-3)
+    for name, gradient in gradients.items():
+        assert (low_gradients[name] - gradient).norm() < 0.2 * gradient.norm(), name
+    for settings in (dict(optimizer="adamw"), dict(optimizer="muon", muon_lr=0.02, embed_lr=0.3)):
+        optimizer = make_optimizer(model, dict(settings, learning_rate=1e-3, weight_decay=0.1,
+                                               beta1=0.9, beta2=0.95), runtime)
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+            number for _, number in before}
+
+
 # ---------------------------------------------------------------------- peaks, seeds
 
 
 @pytest.mark.parametrize(("name", "peak"), [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA GH200 480GB", 989e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A40", 150e12), ("NVIDIA A10G", 70e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A40", 149.7e12), ("NVIDIA A10G", 70e12),
     ("NVIDIA A10", 125e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12),
     ("NVIDIA L40S", 362e12), ("Tesla T4", 65e12), ("Tesla V100-SXM2-16GB", 125e12),
-    ("Tesla V100-PCIE-32GB", 112e12), ("NVIDIA GeForce RTX 4090", 165e12),
+    ("Tesla V100-PCIE-32GB", 112e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
     ("AMD Instinct MI300X", 1307e12),
     # never a number against another machine's peak
     ("NVIDIA RTX A4000", None), ("NVIDIA RTX 4000 Ada Generation", None), ("NVIDIA H20", None),

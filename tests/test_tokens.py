@@ -517,7 +517,7 @@ def slowly_aligned(ids, start, block_size, end):
 @pytest.mark.parametrize("by_file", [False, True])
 def test_sequences_begin_at_the_first_document_of_their_block(tmp_path, by_file):
     ids = np.random.default_rng(3).integers(0, 13, 140 + 40)
-    ids[[130, 172]] = 7
+    ids[[128, 168]], ids[[130, 172]] = 0, 7
     llmc_file(tmp_path / "x_train_000000.bin", ids[:140])
     llmc_file(tmp_path / "x_train_000001.bin", ids[140:])
     llmc_file(tmp_path / "x_val_000000.bin", ids[:40])

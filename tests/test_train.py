@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import in_processes
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
 import metrics
@@ -23,8 +25,8 @@ import prepare
 import tokens as token_files
 import train
 from model import GPT, IGNORE, GPTConfig
-from optim import adamw, lr_at
-from runtime import Runtime, setup, whole
+from optim import Optimizer, adamw, lr_at, set_rates
+from runtime import Runtime, setup, use_fp8, whole
 from tokens import Mixture, TokenReader, parse_mix
 
 ROOT = Path(train.__file__).parent
@@ -166,12 +168,15 @@ def test_masked_targets_count_for_nothing():
 
 
 def test_gradient_is_clipped():
+    def descend(group, params, found_inf):
+        torch._foreach_sub_(params, [p.grad for p in params])
+
     config = GPTConfig(block_size=5, vocab_size=11, n_layer=1, n_head=1, n_embd=7)
     batch = [(torch.randint(11, (2, 5)), torch.randint(11, (2, 5)))]
     norms = []
     for clip in (0.0, 1e-3):
         model = GPT(config, torch.Generator().manual_seed(5))
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = Optimizer([dict(params=list(model.parameters()), keeps=(), update=descend)])
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         _, norm = train.train_step(model, optimizer, scaler, batch, clip, CPU)
@@ -430,13 +435,12 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, dataset, documents, mix,
     a, b = (torch.load(next((tmp_path / run).glob(f"iter_*{len(losses_of(whole))}")) / "trainer.pt",
                        weights_only=True) for run in ("whole", "parts"))
     assert a["scaler"] == b["scaler"] and bool(a["scaler"]) == (settings.get("dtype") == "float16")
-    states = [[part["state"] for part in optimizer.values()] if "Muon" in optimizer
-              else [optimizer["state"]] for optimizer in (a["optimizer"], b["optimizer"])]
-    assert len(states[0]) == 1 + ("optimizer" in settings)
-    for one, other in zip(*states, strict=True):
-        assert one.keys() == other.keys() and len(one) > 5
-        for key, state in one.items():
-            assert all(torch.equal(state[name], other[key][name]) for name in state)
+    one, other = a["optimizer"]["state"], b["optimizer"]["state"]
+    assert one.keys() == other.keys() and len(one) > 5
+    assert {name for state in one.values() for name in state} == {
+        "exp_avg", "exp_avg_sq", "step", *["momentum_buffer"] * ("optimizer" in settings)}
+    for key, state in one.items():
+        assert all(torch.equal(state[name], other[key][name]) for name in state)
 
 
 def test_resume_takes_the_run_s_own_settings(tmp_path, dataset, capsys):
@@ -563,6 +567,88 @@ def test_bfloat16_is_close_to_float32(tmp_path, dataset):
     assert losses_of(low) == pytest.approx(losses_of(full), abs=0.02)
     assert losses_of(low) != losses_of(full)
     assert all(w.dtype == torch.float32 for w in weights_of(tmp_path / "low").values())
+
+
+def test_a_run_in_fp8_goes_on_without_it_and_the_other_way_round(tmp_path, dataset, monkeypatch):
+    pytest.importorskip("torchao.float8")
+    monkeypatch.setattr(train, "use_fp8", partial(use_fp8, emulate=True))
+    sizes = dict(n_head=2, n_embd=32, block_size=16, eval_interval=5)
+    plain, low = (do_run(tmp_path / name, dataset, fp8=fp8, **sizes)
+                  for name, fp8 in (("plain", False), ("fp8", True)))
+    assert losses_of(low) == pytest.approx(losses_of(plain), abs=0.02)
+    assert losses_of(low) != losses_of(plain)
+    for fp8, whole_run in ((False, low), (True, plain)):
+        run = tmp_path / f"then {fp8}"
+        do_run(run, dataset, fp8=not fp8, max_iters=5, **sizes)
+        weights = weights_of(run)
+        assert {name: p.shape for name, p in weights.items()} == {
+            name: p.shape for name, p in weights_of(tmp_path / "plain").items()}
+        rows = do_run(run, dataset, fp8=fp8, init_from="resume", **sizes)
+        assert losses_of(rows)[:5] == losses_of(whole_run)[:5]
+        assert losses_of(rows) == pytest.approx(losses_of(whole_run), abs=0.02)
+        assert losses_of(rows)[5:] != losses_of(whole_run)[5:]
+
+
+class Reads(TorchDispatchMode):
+    """Notes the operators with which the host would wait for a GPU, to read a value."""
+    names = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "index", "index_put_")
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.__name__.split(".")[0] in self.names:
+            self.noted.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def quiet_iteration(dataset, optimizer, runtime, watch):
+    """Do the loop's iteration 0, which is logged, and, while `watch` is entered, iteration 1."""
+    config = dict(TINY, optimizer=optimizer, weight_decay=0.1, beta1=0.9, beta2=0.95, seed=1,
+                  muon_lr=0.02, embed_lr=0.3, log_interval=5, max_minutes=0, max_bad_steps=3)
+    data = Mixture(parse_mix("", dataset), "train", 13)
+    model = GPT(GPTConfig(block_size=13, vocab_size=29, n_layer=2, n_head=3, n_embd=21,
+                          dropout=0.1)).to(runtime.device)
+    optimizer = train.make_optimizer(model, config, runtime)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
+    rows = []
+    log = metrics.Log(rows.append, model, config, 78, {}, Path(), runtime)
+    for iter_num in range(2):
+        with watch if iter_num else nullcontext():
+            batches = train.load_batches(data, iter_num, 3, config, model, runtime)
+            set_rates(optimizer, [1e-3] * len(optimizer.param_groups), 1.0, iter_num)
+            torch.manual_seed(iter_num)
+            loss, norm = train.train_step(model, optimizer, scaler, batches, 1.0, runtime)
+            log.iteration(iter_num, 1e-3, loss, norm, scaler)
+    assert len(rows) == 1
+    return optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_iteration_that_is_not_logged_reads_nothing_from_the_device(dataset, optimizer,
+                                                                       monkeypatch):
+    with Reads() as reads:
+        torch.ones(2).sum().item()
+    assert reads.noted == ["_local_scalar_dense.default"]
+    reads = Reads()
+    quiet_iteration(dataset, optimizer, CPU, reads)
+    assert reads.noted == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_iteration_that_is_not_logged_does_not_wait_for_the_gpu(dataset, optimizer):
+    @contextmanager
+    def no_waiting():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    quiet_iteration(dataset, optimizer, setup("cuda", "bfloat16"), no_waiting())
 
 
 @pytest.mark.gpu
@@ -716,6 +802,8 @@ def test_documents_are_followed_as_the_settings_say(tmp_path, documents, capsys)
     (["--fsdp=True", "--dtype=float16"], "fsdp=True with dtype='float16'"),
     (["--align_documents=True"], "words has no end-of-text token, its text is one document; leave"),
     (["--mask_documents=True"], "mask_documents=True: "),
+    (["--fsdp=True", "--fp8=True"], "fsdp=True with fp8=True"),
+    (["--fp8=True", "--device=cpu"], "fp8=True needs a CUDA GPU"),
     (["--dtype=float8"], "dtype='float8': choose auto, float32, bfloat16, float16"),
     (["--compile=maybe"], "compile='maybe'"),
     (["--init_from=gpt3"], "gpt3: no checkpoint here"),
