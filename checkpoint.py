@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from model import find_checkpoint, save_weights
-from runtime import like, whole
+from runtime import whole
 from tokens import load_json, parse_mix, write_aside
 
 SUMS = "SHA256SUMS"
@@ -249,31 +249,15 @@ def is_number(value, kind):
 
 
 def load_trainer(folder, optimizer, scaler):
-    """Load the optimizer's and the scaler's state from a checkpoint's folder. What the command line
-    may change, the weight decay and the betas, stays the optimizer's own."""
-    own = [{key: value for key, value in group.items() if key != "params"}
-           for group in optimizer.param_groups]
+    """Load the optimizer's and the scaler's state from a checkpoint's folder."""
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        for part in getattr(optimizer, "optimizers", [optimizer]):
-            params = [p for group in part.param_groups for p in group["params"]]
-            its = state["optimizer"] if part is optimizer else state["optimizer"][
-                type(part).__name__]
-            for index, values in its["state"].items():
-                for name, value in values.items():
-                    if not isinstance(value, torch.Tensor) or value.shape not in (
-                            params[index].shape, ()):
-                        raise ValueError(f"{name} is not of its parameter's size")
-                    if value.shape:  # shared out while it is in the host's memory
-                        values[name] = like(params[index], value)
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
 
 
 def check_resumed(before, config, tokens_per_iter, shards, place):

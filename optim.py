@@ -17,22 +17,20 @@ import torch.distributed as dist
 from runtime import like, whole
 
 FUSED = ("cuda", "cpu", "mps", "xpu")  # devices with a one-kernel AdamW in torch 2.9 and later
+ADAMW_KEEPS = ("exp_avg", "exp_avg_sq", "step")  # as torch's names them in a checkpoint
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024, kellerjordan.github.io/posts/muon
 
 
 def adamw(model, learning_rate, weight_decay, betas):
     """Return AdamW over two groups: matrices and embeddings decay, biases and LayerNorms do not.
 
-    Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization". Every parameter that
-    requires a gradient is in exactly one group.
+    Every parameter that requires a gradient is in exactly one group.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in FUSED for p in parameters)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    common = dict(update=adamw_update, keeps=ADAMW_KEEPS, lr=learning_rate, betas=betas, eps=1e-8)
+    return Optimizer([
+        dict(common, params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
+        dict(common, params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)])
 
 
 def muon_and_adamw(model, learning_rate, weight_decay, betas, muon_lr, embed_lr,
@@ -60,14 +58,13 @@ def muon_and_adamw(model, learning_rate, weight_decay, betas, muon_lr, embed_lr,
     s = math.sqrt(config.n_embd / 768)
     peaks = {"embed": embed_lr / s, "value_embed": embed_lr / s / 2, "head": learning_rate / s,
              "vector": 0.015, "resid_lambda": 0.005, "x0_lambda": 0.1}
-    groups = [{"params": [p for _, p in owned[kind]], "lr": peak}
-              for kind, peak in peaks.items() if owned[kind]]
-    fused = all(p.device.type in FUSED for group in groups for p in group["params"])
     # eps: a gradient of the mean loss is small, far below Adam's usual 1e-8 for most embeddings
-    rest = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=fused)
+    rest = [dict(params=[p for _, p in owned[kind]], update=adamw_update, keeps=ADAMW_KEEPS,
+                 lr=peak, betas=betas, eps=1e-10, weight_decay=0.0)
+            for kind, peak in peaks.items() if owned[kind]]
     hidden = [p for _, p in owned["hidden"]]
     parts = [row_parts(name, p, config) for name, p in owned["hidden"]]
-    return Together(Muon(hidden, parts, muon_lr, weight_decay, dtype), rest)
+    return Optimizer([muon_group(hidden, parts, muon_lr, weight_decay, dtype), *rest])
 
 
 def owner(name, p, tied):
@@ -96,7 +93,95 @@ def row_parts(name, p, config):
     return [len(p)]
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """Groups of parameters, each with its own rate, its rule `update`, its settings, and the names
+    of what the rule `keeps` of each parameter from step to step.
+
+    To its users it is one of torch's; a subclass of theirs would import torch's compiler, which
+    is half of the time that it takes to start (experiments/speed.md).
+
+    found_inf: None, or 1.0 on the device where the step must change nothing.
+    """
+
+    found_inf = None
+
+    def __init__(self, groups):
+        self.param_groups, self.state = groups, {}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    self.state[p] = {name: torch.zeros((), device=p.device) if name == "step"
+                                     else torch.zeros_like(p) for name in group["keeps"]}
+            if params:
+                kept = [[self.state[p][name] for p in params] for name in group["keeps"]]
+                group["update"](group, params, *kept, self.found_inf)
+
+    def zero_grad(self, set_to_none=True):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
+
+    def owned(self):
+        """Return [(parameter, its group)], in the order in which state_dict counts them."""
+        return [(p, group) for group in self.param_groups for p in group["params"]]
+
+    def state_dict(self):
+        """Return {"state": {number of the parameter: {name: tensor}}}. The groups' settings are the
+        run's, and saved with it."""
+        return {"state": {i: self.state[p] for i, (p, _) in enumerate(self.owned())
+                          if p in self.state}}
+
+    def load_state_dict(self, state):
+        """Raises ValueError where the state is not that of these parameters."""
+        owned = self.owned()
+        if len(state["state"]) not in (0, len(owned)):
+            raise ValueError(f"it is of {len(state['state'])} parameters, here are {len(owned)}")
+        for i, values in state["state"].items():
+            p, group = owned[i]
+            if set(values) != set(group["keeps"]) or any(
+                    value.shape != (() if name == "step" else p.shape)
+                    for name, value in values.items()):
+                raise ValueError(f"{', '.join(values)} of parameter {i} do not fit the optimizer")
+            self.state[p] = {name: (like(p, value) if value.shape else value).to(p.device)
+                             for name, value in values.items()}
+
+
+def adamw_update(group, params, averages, squares, steps, found_inf):
+    """Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2."""
+    lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
+    grads, decay = [p.grad for p in params], group["weight_decay"]
+    if params[0].device.type in FUSED:
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(params, grads, averages, squares, [], steps, lr=lr, beta1=beta1,
+                            beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
+                            maximize=False, found_inf=found_inf)
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+    elif found_inf is None or not found_inf.item():
+        for p, g, m, v, step in zip(params, grads, averages, squares, steps, strict=True):
+            step += 1
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            root = (v / (1 - beta2 ** step)).sqrt_().add_(eps)
+            p.mul_(1 - lr * decay).addcdiv_(m / (1 - beta1 ** step), root, value=-lr)
+
+
+def muon_group(params, parts, lr, weight_decay, dtype=torch.float32):
+    """parts: for each parameter the rows of the matrices in it."""
+    for p in params:
+        if p.dim() != 2:
+            raise ValueError(f"Muon trains matrices, not a parameter of {tuple(p.shape)}")
+    return dict(params=params, update=muon_update, keeps=("momentum_buffer",), lr=lr,
+                weight_decay=weight_decay, momentum=0.95,
+                parts=dict(zip(params, parts, strict=True)),
+                dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+
+
+def muon_update(group, params, averages, found_inf):
     """Momentum, made orthogonal (Jordan 2024). torch.optim.Muon is the same rule for one matrix at
     a time, always in bfloat16, which a CPU may only emulate; here matrices of a shape are one
     batch, queries, keys and values are matrices of their own, and decay is cautious: it acts where
@@ -104,48 +189,27 @@ class Muon(torch.optim.Optimizer):
 
     Several processes share out the matrices of each shape, and give each other the results. Of
     parameters that FSDP2 shares out, each gathers the updates and keeps its part.
-
-    found_inf: None, or 1.0 on the device where the update must change nothing, as AdamW has it.
     """
-
-    found_inf = None
-
-    def __init__(self, params, parts, lr, weight_decay, dtype=torch.float32):
-        """parts: for each parameter the rows of the matrices in it."""
-        params = list(params)
-        for p in params:
-            if p.dim() != 2:
-                raise ValueError(f"Muon trains matrices, not a parameter of {tuple(p.shape)}")
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
-        self.parts = dict(zip(params, parts, strict=True))
-        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            updates, batches = [], defaultdict(list)  # of each shape, the updates in matrices
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                average, grad = self.state[p]["momentum_buffer"], p.grad
-                if self.found_inf is not None:
-                    grad = torch.where(self.found_inf > 0, average, grad)
-                average.lerp_(grad, 1 - group["momentum"])
-                updates.append(whole(grad.lerp(average, group["momentum"])))  # Nesterov's
-                for matrix in updates[-1].split(self.parts[p]):
-                    batches[matrix.shape].append(matrix)
-            for (rows, columns), matrices in batches.items():
-                made = shared_out(orthogonal, torch.stack(matrices).to(self.dtype))
-                made = made.to(matrices[0].dtype) * max(1, rows / columns) ** 0.5
-                torch._foreach_copy_(matrices, list(made.unbind()))
-            for p, update in zip(params, updates, strict=True):
-                update = like(p, update)
-                if group["weight_decay"]:
-                    update += group["weight_decay"] * p * (update * p > 0)
-                if self.found_inf is not None:
-                    update *= 1 - self.found_inf
-                p.add_(update, alpha=-group["lr"])
+    updates, batches = [], defaultdict(list)  # of each shape, the updates in matrices
+    for p, average in zip(params, averages, strict=True):
+        grad = p.grad
+        if found_inf is not None:
+            grad = torch.where(found_inf > 0, average, grad)
+        average.lerp_(grad, 1 - group["momentum"])
+        updates.append(whole(grad.lerp(average, group["momentum"])))  # Nesterov's
+        for matrix in updates[-1].split(group["parts"][p]):
+            batches[matrix.shape].append(matrix)
+    for (rows, columns), matrices in batches.items():
+        made = shared_out(orthogonal, torch.stack(matrices).to(group["dtype"]))
+        made = made.to(matrices[0].dtype) * max(1, rows / columns) ** 0.5
+        torch._foreach_copy_(matrices, list(made.unbind()))
+    for p, update in zip(params, updates, strict=True):
+        update = like(p, update)
+        if group["weight_decay"]:
+            update += group["weight_decay"] * p * (update * p > 0)
+        if found_inf is not None:
+            update *= 1 - found_inf
+        p.add_(update, alpha=-group["lr"])
 
 
 def shared_out(function, x):
@@ -179,39 +243,6 @@ def orthogonal(x, steps=5):
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
     return x
-
-
-class Together:
-    """Two optimizers that are stepped, saved and loaded as one."""
-
-    found_inf = None
-
-    def __init__(self, *optimizers):
-        self.optimizers = optimizers
-
-    @property
-    def param_groups(self):
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self):
-        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
-
-    def step(self):
-        for optimizer in self.optimizers:
-            optimizer.found_inf = self.found_inf
-            optimizer.step()
-
-    def zero_grad(self, set_to_none=True):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self.optimizers}
-
-    def load_state_dict(self, state):
-        for optimizer in self.optimizers:
-            optimizer.load_state_dict(state[type(optimizer).__name__])
 
 
 def set_rates(optimizer, peaks, share, iter_num):

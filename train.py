@@ -477,19 +477,10 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
         scaler.step(optimizer)
         scaler.update()
     else:
-        step_if(torch.isfinite(loss) & torch.isfinite(grad_norm), optimizer)
+        optimizer.found_inf = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
-
-
-def step_if(good, optimizer):
-    """Do the update where `good`, a bool on the device, says so. Muon and a fused AdamW read it
-    there, as a GradScaler's flag; an AdamW that is not fused waits for the device."""
-    if all(group.get("fused", True) for group in optimizer.param_groups):
-        optimizer.found_inf = (~good).float()
-        optimizer.step()
-    elif good.item():
-        optimizer.step()
 
 
 def validate(model, config, data, sequences, batch_size, runtime):

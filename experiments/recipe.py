@@ -71,8 +71,10 @@ def main(
         return print_cost(out_dir, threads)
     if corpus:
         environ = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-        call(["prepare.py", f"--input={Path(corpus).resolve()}", f"--dataset={out_dir}/data",
-              "--tokenizer=bpe", "--vocab_size=2048", "--bpe_characters=20000000"], environ)
+        data = out_dir / "data"  # once it is prepared, a corpus with another date may stand for it
+        if (data / "UNFINISHED").exists() or not (data / "meta.json").exists():
+            call(["prepare.py", f"--input={Path(corpus).resolve()}", f"--dataset={data}",
+                  "--tokenizer=bpe", "--vocab_size=2048", "--bpe_characters=20000000"], environ)
         for name, settings in runs().items():
             done = final_loss(out_dir / name, settings["max_iters"]) is not None
             if fnmatch.fnmatch(name, only) and not done:
