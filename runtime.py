@@ -373,7 +373,7 @@ def draw_dropout_by_bits():
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it replaces torch's own
-        library.impl("bernoulli_.float", bernoulli_by_bits, "CPU")
+        library.impl("bernoulli_.float", bernoulli_by_bits, "CPU", allow_override=True)
     return library
 
 
