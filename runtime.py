@@ -274,7 +274,8 @@ def pick_attention(config, batch_size, runtime, repeats=10):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # why a kernel does not take these
         times = dict(zip(FUSED, runtime.agree(*map(seconds, FUSED.values())), strict=True))
-    order = sorted(FUSED, key=times.get)
+    best = min(times.values())  # as fast up to noise: as listed, the same in each run
+    order = sorted(FUSED, key=lambda name: times[name] > 1.05 * best)
     PICKED.enter_context(sdpa_kernel([*(FUSED[name] for name in order), SDPBackend.MATH],
                                      set_priority=True))
     atexit.register(PICKED.close)  # before torch is taken down
@@ -372,7 +373,7 @@ def draw_dropout_by_bits():
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it replaces torch's own
-        library.impl("bernoulli_.float", bernoulli_by_bits, "CPU")
+        library.impl("bernoulli_.float", bernoulli_by_bits, "CPU", allow_override=True)
     return library
 
 

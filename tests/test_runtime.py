@@ -237,6 +237,8 @@ def test_bernoulli_by_bits_is_a_function_of_the_seed_and_of_any_shape():
 
 def test_dropout_draws_by_bits_where_it_is_tuned():
     module.draw_dropout_by_bits()
+    again = module.draw_dropout_by_bits.__wrapped__()  # as when a notebook reloads runtime
+    assert again.m
     x = torch.ones(3, 50)
     torch.manual_seed(8)
     dropped = torch.nn.functional.dropout(x, 0.25)
