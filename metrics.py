@@ -30,6 +30,7 @@ def open_run(run_dir, config, before, runtime):
     if not runtime.is_main or config["eval_only"]:
         return lambda row: None
     path, kept, wandb_run = run_dir / "metrics.jsonl", [], None
+    held = hold(run_dir)
     if before:
         done = before.get("iter_num", 0)
         kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["iter"] < done
@@ -38,12 +39,12 @@ def open_run(run_dir, config, before, runtime):
         number = next(n for n in range(1, 10**6) if not Path(f"{run_dir}.{n}").exists())
         os.replace(run_dir, f"{run_dir}.{number}")
         runtime.say(f"{run_dir} held an earlier run, which is now {run_dir}.{number}")
-    run_dir.mkdir(parents=True, exist_ok=True)
+        held = hold(run_dir)
     write_aside(path, "".join(kept))
     if config["wandb_log"]:
         wandb_run = start_wandb(run_dir, config)
 
-    def record(row):
+    def record(row, held=held):  # and keep the lock
         row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON has no NaN
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -51,6 +52,25 @@ def open_run(run_dir, config, before, runtime):
             wandb_run.log(row, step=row["iter"])
 
     return record
+
+
+def hold(run_dir):
+    """Return the run's folder's lock, made where it is missing: this process's until it is closed
+    or the process ends, however. Raises ValueError where another process has it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(run_dir / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{run_dir}: another process is training there; stop it, or choose "
+                         "another --out_dir=") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def read_metrics(path):

@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_intact(tmp_path, d
     assert codes == [2] and said[0].count("error: ") == 1 and "Traceback" not in said[0], said
     assert "iter_000010: cannot be written" in said[0] and "make room" in said[0]
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"iter_000005", "latest", "best", "metrics.jsonl"}
+    assert names == {".lock", "iter_000005", "latest", "best", "metrics.jsonl"}
     do_run(tmp_path / "run", dataset, eval_interval=5, init_from="auto")
     assert same_end(tmp_path / "whole", tmp_path / "run")
 
@@ -268,6 +268,26 @@ def poisoned(monkeypatch, *moments):
     monkeypatch.setattr(train, "train_step", counts)
     monkeypatch.setattr(GPT, "forward", lambda self, x, y: forward(self, x, y) * (
         math.nan if count[0] in moments and torch.is_grad_enabled() else 1))
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "resume"])
+def test_a_folder_with_a_live_run_is_refused(tmp_path, dataset, monkeypatch, init_from):
+    do_run(tmp_path / "run", dataset, max_iters=2)
+    step, found = train.train_step, []
+
+    flags = as_flags(**{**TINY, "out_dir": tmp_path / "run", "dataset": dataset, "max_iters": 6,
+                        "init_from": init_from})
+
+    def meanwhile(*args):
+        if not found:
+            found.append(in_processes(1, lambda rank: configurator.run(train.main, argv=flags)))
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", meanwhile)
+    do_run(tmp_path / "run", dataset, max_iters=4, init_from="resume")
+    codes, said = found[0]
+    assert codes == [2] and "run: another process is training there; stop it, or" in said[0]
+    assert not (tmp_path / "run.1").exists() and len(losses_of(rows_of(tmp_path / "run"))) == 4
 
 
 @pytest.mark.parametrize("kernel", [True, False])
