@@ -29,8 +29,8 @@ THEIRS = {"small": ["--batch_size=12", "--eval_iters=20", "--max_iters=2000",
           "large": ["--eval_iters=1"]}
 OURS = {"small": ["--batch_size=16", "--max_iters=160", "--lr_decay_iters=160", "--muon_lr=0.07",
                   "--mlp=swiglu", "--eval_iters=15", "--eval_interval=160"],
-        "large": ["--batch_size=16", "--muon_lr=0.05", "--mlp=swiglu", "--eval_iters=40",
-                  "--max_iters=100000", "--eval_interval=100", "--log_interval=10"]}
+        "large": ["--batch_size=16", "--dropout=0.0", "--muon_lr=0.04", "--mlp=swiglu",
+                  "--eval_iters=27", "--max_iters=100000", "--eval_interval=100"]}
 
 
 def main(
