@@ -128,8 +128,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         H, K, D = self.sizes
         heads = self.c_attn(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2*K, T, D)
-        qk = heads[:, :H + K]  # (B, H + K, T, D)
-        v = heads[:, H + K:]  # (B, K, T, D)
+        qk, v = heads.split((H + K, K), 1)  # (B, H + K, T, D), (B, K, T, D)
         if self.qk_norm:
             qk = F.rms_norm(qk, (D,), eps=1e-6).to(v.dtype)  # (B, H + K, T, D)
         if turn is not None:
@@ -138,8 +137,7 @@ class CausalSelfAttention(nn.Module):
             gate = 2 * torch.sigmoid(self.gate(x[..., :12])).transpose(1, 2)  # (B, K, T)
             table = self.value_embed(tokens).view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
             v = v + (gate[..., None] * table).to(v.dtype)  # (B, K, T, D)
-        q = qk[:, :H]  # (B, H, T, D)
-        k = qk[:, H:]  # (B, K, T, D)
+        q, k = qk.split((H, K), 1)  # (B, H, T, D), (B, K, T, D)
         if cache is not None:  # (2, B, K, S, D): write the new positions, read them all
             cache[0].index_copy_(2, positions, k)
             cache[1].index_copy_(2, positions, v)

@@ -120,10 +120,9 @@ class Optimizer:
                 kept = [[self.state[p][name] for p in params] for name in group["keeps"]]
                 group["update"](group, params, *kept, self.found_inf)
 
-    def zero_grad(self, set_to_none=True):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
+    def zero_grad(self):
+        for p, _ in self.owned():
+            p.grad = None
 
     def owned(self):
         """Return [(parameter, its group)], in the order in which state_dict counts them."""

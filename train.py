@@ -430,7 +430,7 @@ def fit_memory(model, optimizer, config, micro_steps, runtime):
         except torch.OutOfMemoryError:
             full = True
         del room
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         torch.cuda.empty_cache()
         if not runtime.agree(full)[0]:
             return micro_steps
@@ -502,7 +502,7 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
     else:
         optimizer.found_inf = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return loss, grad_norm
 
 

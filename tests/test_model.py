@@ -346,12 +346,14 @@ def check_shape_comments(path, module):
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         if not tensors:
             return
-        found = re.search(r"# (?:each )?\(([^()]+)\)", comments.get(node.end_lineno, ""))
+        found = re.search(r"# (?:each )?(\([^()]+\)(, \([^()]+\))*)",
+                          comments.get(node.end_lineno, ""))
         if not found:
             complaints[f"line {node.lineno} makes a tensor and has no shape comment"] = True
             return
-        wanted = [part.strip() for part in found[1].split(",") if part.strip()]
-        for tensor in tensors:
+        shapes = re.findall(r"\(([^()]+)\)", found[1])  # of each tensor, or one of all
+        for i, tensor in enumerate(tensors):
+            wanted = [part.strip() for part in shapes[i % len(shapes)].split(",") if part.strip()]
             shape = list(tensor.shape)
             if wanted[0] == "...":
                 shape = ["...", *shape[len(shape) - len(wanted) + 1:]]
@@ -417,7 +419,9 @@ def test_every_shape_comment_of_the_forward_pass_is_right():
 
 @pytest.mark.parametrize(("old", "new", "complaint"), [
     ("# (B, H + 2*K, T, D)", "# (B, H, T, D)", "(B, H, T, D) is (2, 9, 5, 7)"),
-    ("q = qk[:, :H]  # (B, H, T, D)", "q = qk[:, :H]  # (B, T, H, D)", "is (2, 3, 5, 7)"),
+    ("qk.split((H, K), 1)  # (B, H, T, D), (", "qk.split((H, K), 1)  # (B, T, H, D), (",
+     "is (2, 3, 5, 7)"),
+    ("(B, H, T, D), (B, K, T, D)", "(B, H, T, D), (B, T, K, D)", "is (2, 3, 5, 7)"),
     ("# (B, K, T)", "# (B, T, K)", "(B, T, K) is (2, 3, 5)"),
     ("# each (..., T, D/2)", "# each (..., T, D)", "is (2, 9, 5, 2)"),
     ("# each (T, D/2)", "# each (D/2, T)", "(D/2, T) is (5, 2)"),

@@ -93,3 +93,31 @@ def test_finished_runs_are_not_trained_again(recipe, tmp_path, monkeypatch):
     assert names == ["recipe-without-rmsnorm", "recipe-without-mlp",
                      "recipe-without-residual_scalars"]
     assert all("--init_from=auto" in command for command in trained[1:])
+
+
+def test_the_character_models_by_the_clock(tmp_path, capsys, monkeypatch):
+    """With times and losses that are played; the commands name both checkouts' own flags."""
+    spec = importlib.util.spec_from_file_location("characters",
+                                                  ROOT / "experiments/characters.py")
+    characters = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(characters)
+    with pytest.raises(ValueError, match="no train.py there; name a checkout of nanoGPT"):
+        characters.main(compare=str(tmp_path))
+    with pytest.raises(ValueError, match="size='tiny': choose small or large"):
+        characters.main(compare=str(ROOT), size="tiny")
+    (tmp_path / "train.py").touch()
+    known = inspect.signature(train.main).parameters
+
+    def timed(folder, flags):
+        if folder == ROOT:
+            assert {flag[2:].split("=")[0] for flag in flags if flag[:2] == "--"} <= set(known)
+            return 8.0, "step 0: val_loss 4.1, val_bpb 6\nstep 160: val_loss 1.85, val_bpb 2.7"
+        return 100.0, ("step 0: train loss 4.2, val loss 4.2\niter 0: loss 4.2, time 9000.00ms\n"
+                       "iter 1: loss 4.1, time 2000.00ms\niter 2: loss 4.0, time 4000.00ms")
+
+    monkeypatch.setattr(characters, "timed", timed)
+    for size, says in (("small", "nanoGPT 100.0, ours 8.0; 12.5 times as fast (12.5 to 12.5)"),
+                       ("large", "nanoGPT 5250.0, ours 8.0; 656.2 times")):
+        characters.main(compare=str(tmp_path), size=size)
+        out = capsys.readouterr().out
+        assert "seconds: " + says in out and '"val_losses": [4.1, 1.85]' in out

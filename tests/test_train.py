@@ -725,7 +725,7 @@ def test_two_processes_have_the_gradients_of_one(dataset, fsdp):
             gradients.update({name: whole(p.grad).clone()
                               for name, p in self.model.named_parameters()})
 
-        def zero_grad(self, set_to_none):
+        def zero_grad(self):
             pass
 
     def gradients_of(runtime, micro_steps):
