@@ -20,8 +20,9 @@ from types import ModuleType
 
 
 def run(main, base=None, more_defaults=None, argv=None):
-    """Call `main` with its settings. A user's mistake (a ValueError raised in our own files, or an
-    OSError of the system) ends in one line and exit code 2, our own in a traceback."""
+    """Call `main` with its settings. A user's mistake (a ValueError raised in files beside this one
+    or beside main's, or an OSError of the system) ends in one line and exit code 2, our own in a
+    traceback."""
     try:
         main(**configure(main, sys.argv[1:] if argv is None else argv, base, more_defaults))
     except (KeyboardInterrupt, BrokenPipeError):  # stopped by Ctrl-C, or by `| head`
@@ -34,7 +35,8 @@ def run(main, base=None, more_defaults=None, argv=None):
         sys.exit(2)
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
-        if not getattr(error, "errno", None) and raised_in != Path(__file__).resolve().parent:
+        ours = {Path(file).resolve().parent for file in (__file__, main.__code__.co_filename)}
+        if not getattr(error, "errno", None) and raised_in not in ours:
             raise
         print("error:", str(error).replace("\n", " "), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -444,8 +444,8 @@ def test_ctrl_c_is_quiet(capsys):
 @pytest.mark.parametrize("error", [TypeError("ours"), RuntimeError("ours"), AssertionError("ours"),
                                    OSError("no errno: a library's own")])
 def test_other_errors_are_raised(error):
-    def broken():
-        raise error
+    def broken():  # in a library's file
+        exec(compile("raise error", "/elsewhere/library.py", "exec"), {"error": error})
 
     with pytest.raises(type(error)):
         run(broken, argv=[])

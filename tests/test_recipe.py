@@ -103,8 +103,9 @@ def test_the_character_models_by_the_clock(tmp_path, capsys, monkeypatch):
     spec.loader.exec_module(characters)
     with pytest.raises(ValueError, match="no train.py there; name a checkout of nanoGPT"):
         characters.main(compare=str(tmp_path))
-    with pytest.raises(ValueError, match="size='tiny': choose small or large"):
-        characters.main(compare=str(ROOT), size="tiny")
+    with pytest.raises(SystemExit) as stopped:
+        characters.run(characters.main, argv=["--size=tiny"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: size='tiny': ch")
     (tmp_path / "train.py").touch()
     known = inspect.signature(train.main).parameters
 
