@@ -29,22 +29,18 @@ import torch
 
 import train
 from configurator import run
-from metrics import mfu
-from model import GPT, GPTConfig, without_weights
-from runtime import (
-    compile_model,
-    memory_needed,
-    pick_attention,
-    pick_device,
-    pick_dtype,
-    recompute_blocks,
-    setup,
-    tune_cpu,
-    use_fp8,
-)
-from sample import generate, hold_in, next_tokens
-from tokenizer import load_tokenizer
-from tokens import Mixture, load_meta, parse_mix
+from formats.checkpoint import without_weights
+from formats.shards import load_meta
+from inference.generate import generate, hold_in, next_tokens
+from model import GPT, GPTConfig
+from runtime.cpu import tune_cpu
+from runtime.device import pick_device, pick_dtype
+from runtime.kernels import compile_model, pick_attention, use_fp8
+from runtime.memory import memory_needed, recompute_blocks
+from runtime.processes import setup
+from text.tokenizer import load_tokenizer
+from training.log import mfu
+from training.sequences import Mixture, parse_mix
 
 ROOT = Path(__file__).resolve().parent
 PEERS = str(ROOT / "experiments" / "peers.py")

@@ -34,9 +34,9 @@ def run(main, base=None, more_defaults=None, argv=None):
               f"({' '.join(str(error).split())[:100]})", file=sys.stderr, flush=True)
         sys.exit(2)
     except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         ours = {Path(file).resolve().parent for file in (__file__, main.__code__.co_filename)}
-        if not getattr(error, "errno", None) and raised_in not in ours:
+        if not getattr(error, "errno", None) and not ours & set(raised_in.parents[:2]):
             raise
         print("error:", str(error).replace("\n", " "), file=sys.stderr, flush=True)
         sys.exit(2)

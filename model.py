@@ -13,15 +13,12 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the 
 of OpenAI's code, github.com/openai/gpt-2, src/model.py.
 """
 
-import json
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 IGNORE = -1  # a target that has no loss
 
@@ -394,77 +391,3 @@ class GPT(nn.Module):
         N = self.parameter_count() - sum(
             p.numel() for name, p in self.named_parameters() if name.endswith(tables))
         return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-class NoFirstWeights(TorchFunctionMode):
-    """While entered, nothing is drawn: what replaces it costs enough, and for a tensor of the meta
-    device torch would first import its compiler, which takes seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs or {})
-
-
-def without_weights(config):
-    """Return a GPT on the meta device: its shapes, and no memory."""
-    with torch.device("meta"), NoFirstWeights():
-        return GPT(config)
-
-
-def save_weights(weights, folder):
-    """Write weights, those of a model or {name: tensor}, into an existing folder, as
-    model.safetensors."""
-    from safetensors.torch import save_file
-
-    path = Path(folder) / "model.safetensors"
-    if isinstance(weights, nn.Module):
-        weights = weights.state_dict()
-    save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
-
-
-def load_model(folder, dropout=0.0):
-    """Return the GPT of a checkpoint folder: its config from meta.json, its weights from
-    model.safetensors. Raises ValueError where either is missing, damaged or of another model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    try:
-        config = GPTConfig(**json.loads((folder / "meta.json").read_text("utf-8"))["model"])
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: not a checkpoint ({type(error).__name__}: {error})") from error
-    return from_weights(replace(config, dropout=dropout), weights, folder)
-
-
-def from_weights(config, weights, place):
-    """Return the GPT with these weights, {name: tensor}, in float32. Raises ValueError, naming
-    the place that they are from, where a name or a size does not fit."""
-    model = without_weights(config)  # the given ones take their place
-    # a copy, because safetensors' tensors are the file itself, mapped into memory
-    weights = {name: p.to(torch.float32, copy=True) for name, p in weights.items()}
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{place}: the weights are another model's ({reason})") from error
-    return model
-
-
-def find_checkpoint(path, which="latest"):
-    """Return the checkpoint folder that `path` names: itself, or, in a run's folder, the one of
-    iter_000250/ and so on whose name is in the file `latest` or `best`. Raises ValueError where
-    there is none."""
-    path = Path(path)
-    if (path / "model.safetensors").is_file():
-        return path
-    pointer = path / which
-    if not pointer.is_file():
-        raise ValueError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
-                         "another folder with --out_dir= or --init_from=")
-    name = Path(pointer.read_text("utf-8", "replace").strip()).name  # never outside
-    if name in ("", "..") or not (path / name).is_dir():
-        raise ValueError(f"{pointer} names {name!r}, which is not there")
-    return path / name

@@ -18,30 +18,28 @@ import codecs
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-import corpus
-import filters as rules
 from configurator import run
-from corpus import BUILT_IN, ON_THE_HUB, Files, Hub, cut, find_files
-from tokenizer import Tokenizer, check_bpe, gpt2_spec, load_tokenizer, read_spec, train_bpe
-from tokens import ShardWriter, TokenReader, dataset_folder, load_json, read_header, write_aside
+from formats.files import load_json, write_aside
+from formats.shards import ShardWriter, TokenReader, dataset_folder, read_header
+from text import corpus, dedup
+from text import filters as rules
+from text.bpe import check_bpe, read_spec
+from text.corpus import BUILT_IN, ON_THE_HUB, Files, Hub, find_files
+from text.encode import encoded
+from text.progress import progress
+from text.split import learn, survey, units
+from text.tokenizer import Tokenizer, gpt2_spec, load_tokenizer
 
 SMALL = 32_000_000  # bytes of files that one process prepares as fast as several
-ENOUGH = 1 << 28  # characters after which the survey may know enough
 NOTE = 10  # seconds between notes of how far it is, beside those at each finished file
 
 
@@ -277,185 +275,6 @@ def download_shards(dataset, folder, max_tokens, overwrite):
     print(f"{folder}: {meta['splits']['train']['tokens']:,} tokens for training")
 
 
-# ---------------------------------------------------------------------- which text goes where
-
-
-def survey(text, val_fraction, kind):
-    """Read the corpus: {documents, characters, by, alphabet (for chars)}.
-
-    by: how the validation split is made: "document" where `held_out` puts between half and twice
-    val_fraction of the text aside; else, as for a single text or a handful of documents,
-    "position". It ends early where enough text says "document" and no more is asked.
-    """
-    facts, alphabet, held, in_val = {"documents": 0, "characters": 0}, set(), 0, False
-    start, show = text.place, progress(text, "reading")
-    for starts, piece, _ in text:
-        facts["documents"] += starts
-        facts["characters"] += len(piece)
-        if kind == "chars":
-            alphabet.update(piece)
-        in_val = held_out(piece, val_fraction) if starts else in_val
-        held += in_val * len(piece)
-        fits = 0.5 * val_fraction < held / facts["characters"] < min(1, 2 * val_fraction)
-        if facts["characters"] > ENOUGH and fits and facts["documents"] > 1000 and kind not in (
-                "chars", "bpe"):
-            break
-        show()
-    text.place = start
-    if facts["characters"] < 2:
-        facts["documents"] = 0
-    return {**facts, "by": "document" if facts["documents"] and fits else "position",
-            "alphabet": "".join(sorted(alphabet))}
-
-
-def held_out(text, val_fraction):
-    """Is the document that begins with `text` for validation? A pure function of its words, so
-    that exact copies stay on one side and new documents move none of the old."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < val_fraction * 2**64
-
-
-def units(text, facts, val_fraction, place=None):
-    """Yield ([(split, starts_document, text, row)], place): work for a process, and from where
-    another run could go on after it.
-
-    By document, or all before a position for training; split is "" where the first token file is
-    for validation. A single text is no document among others: nothing in it starts one.
-    """
-    unit, size = [], 0
-    if place:
-        text.place = place["text"]
-    place = dict(place or {"characters": 0, "split": "train"})
-    characters = facts.get("characters", 0)
-    end_of_train = min(max(1, int(characters * (1 - val_fraction))), characters - 1)
-    for starts, piece, row in text:
-        starts = starts and facts["documents"] > 1
-        if facts["by"] == "first file":
-            unit.append(("", starts, piece, row))
-        elif facts["by"] == "document":
-            if starts:
-                place["split"] = "val" if held_out(piece, val_fraction) else "train"
-            unit.append((place["split"], starts, piece, row))
-        else:
-            before = max(0, end_of_train - place["characters"])
-            if piece[:before]:
-                unit.append(("train", starts, piece[:before], row))
-            if piece[before:]:
-                unit.append(("val", starts and not before, piece[before:], row))
-        place["characters"] += len(piece)
-        size += len(piece)
-        if size >= corpus.PIECE and text.between:
-            yield unit, {**place, "text": text.place}
-            unit, size = [], 0
-    yield unit, {**place, "text": text.place}
-
-
-def learn(text, facts, source, sieve, workers):
-    """Return the spec of a byte-pair encoding learned from the training text that is kept."""
-    limit, skip = source["bpe_characters"], 0
-    start = text.place
-    if facts["by"] == "first file":  # the validation text is not known yet, but it is before this
-        skip, facts = 6 * source["shard_tokens"], facts | {"characters": 0}
-
-    def kept():
-        dropped = False
-        for unit, _, results in encoded(units(text, facts, source["val_fraction"]), None, sieve,
-                                        workers if sieve["filters"] else 1):
-            for (split, starts, *_), (reason, piece, *_) in zip(unit, results, strict=True):
-                dropped = bool(reason) if starts else dropped
-                yield "" if dropped else split or "train", starts, piece
-
-    spec = train_bpe(training_text(kept(), facts["characters"], limit, skip),
-                     source["vocab_size"], source["split_pattern"])
-    text.place = start
-    if (found := Tokenizer(spec).vocab_size) < source["vocab_size"]:
-        print(f"bpe: no more pairs come twice in that text, so the vocabulary is {found:,} and not "
-              f"{source['vocab_size']:,}")
-    return spec
-
-
-def training_text(pieces, characters, limit, skip=0):
-    """Yield at most `limit` of the corpus's characters, of its training pieces only, in short
-    texts: evenly spread over them, or where their number is not known the first after `skip`."""
-    share, seen, taken = min(1, limit / characters) if characters else 1, 0, 0
-    for split, _, text in pieces:
-        for part in cut(text, max(64, min(2**14, limit // 64))) if split == "train" else []:
-            seen += len(part)
-            if seen > skip and taken + len(part) <= min(limit, share * seen):
-                taken += len(part)
-                yield part
-        if not characters and taken + 2**14 > limit:
-            return
-
-
-# ---------------------------------------------------------------------- filtering and tokenizing
-
-
-def encoded(units, spec, sieve, workers):
-    """Yield (unit, place, [(reason to remove it, ids, bytes, keys)]) for units, in their order.
-
-    At most a few units are under way, so memory is bounded. Without a spec, ids are the text.
-    """
-    if workers == 1:
-        encode = encoder(spec, sieve)
-        for unit, place in units:
-            yield unit, place, encode(unit)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker,
-                               (spec, sieve))
-    waiting = deque()
-    try:
-        for unit, place in units:
-            waiting.append((unit, place, pool.submit(work, unit)))
-            if len(waiting) > 2 * workers:
-                unit, place, future = waiting.popleft()
-                yield unit, place, future.result()
-        while waiting:
-            unit, place, future = waiting.popleft()
-            yield unit, place, future.result()
-    except BrokenProcessPool as error:
-        raise ValueError(f"one of the {workers} worker processes was killed (for memory?); run the "
-                         "same command again, it goes on; fewer of them: --workers=") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def start_worker(spec, sieve):
-    """Prepare a worker process, which ends with its parent, whatever ends that."""
-    global work_on
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    work_on = encoder(spec, sieve)
-
-
-def work(unit):
-    return work_on(unit)
-
-
-def encoder(spec, sieve):
-    """Return the function that filters and tokenizes a unit. A document longer than a piece is
-    judged by its first; the others are cleaned only."""
-    judge, keys_of = rules.make_judge(sieve), rules.key_function(sieve)
-    clean = [rule for rule in (rules.c4, rules.pii) if rule.__name__ in sieve["filters"].split()]
-    tokenizer = Tokenizer(spec) if spec else None
-
-    def encode(unit):
-        results = []
-        for _, starts, text, row in unit:
-            reason = ""
-            if starts:
-                reason, text = judge(text, row)
-            for rule in () if starts else clean:
-                text = rule(text)[1]
-            keys = keys_of(text) if keys_of and starts and not reason else None
-            ids = text if not tokenizer else None if reason else tokenizer.encode(text)
-            results.append((reason, ids, len(text.encode()), keys))
-        return results
-
-    return encode
-
-
 def write_splits(folder, text, notes, sieve, workers):
     """Tokenize the text into both splits' files, from where the notes say on; write and return
     meta.json."""
@@ -467,7 +286,7 @@ def write_splits(folder, text, notes, sieve, workers):
         writers = {split: stack.enter_context(ShardWriter(
             folder, split, tokenizer.vocab_size, source["shard_tokens"], state.get(split)))
             for split in ("train", "val")}
-        removed = rules.Removed(folder, sieve, state.get("removed"))
+        removed = dedup.Removed(folder, sieve, state.get("removed"))
         stack.callback(removed.close)
         place, dropped = state.get("place"), state.get("dropped", False)
         if state:
@@ -569,39 +388,6 @@ def compare(path, tokenizer):
     print(f"bytes per token on {found['bytes']:,} bytes of held-out text: this vocabulary of "
           f"{tokenizer.vocab_size:,} {found['bytes'] / found['tokens']:.3f}, {of_gpt2}")
     return found
-
-
-def progress(text, what, removed=None, writers=(), max_tokens=1 << 62):
-    """Return a function that shows on stderr how far it is: each second on a terminal, else each
-    minute, a line."""
-    every = 1 if sys.stderr.isatty() else 60
-
-    def tokens():
-        return sum(writers[split].totals["tokens"] for split in writers)
-
-    def share():
-        return max(text.share_done(), tokens() / max_tokens)
-
-    began = last = time.monotonic()
-    first_share, first_tokens = share(), tokens()
-
-    def show():
-        nonlocal last
-        now = time.monotonic()
-        if now - last < every:
-            return
-        last, done, seconds = now, share(), now - began
-        line = f"{what}: {done:.1%}"
-        if writers:
-            line += (f", {removed.read:,} documents, {tokens():,} tokens, "
-                     f"{(tokens() - first_tokens) / seconds:,.0f} tokens/s")
-        if done > first_share:
-            left = round(seconds * (1 - done) / (done - first_share))
-            line += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        print(f"\r{line}   " if every == 1 else line, end="\r" if every == 1 else "\n",
-              file=sys.stderr, flush=True)
-
-    return show
 
 
 # ---------------------------------------------------------------------- looking at it

@@ -18,35 +18,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import (
+from configurator import as_type_of, run
+from formats.checkpoint import (
     Checkpoints,
-    check_resumed,
+    NoFirstWeights,
+    find_checkpoint,
     last_whole,
+    load_model,
     load_trainer,
     read_meta,
     saved,
     verify,
 )
-from configurator import as_type_of, run
-from metrics import Log, draw_loss, open_run
-from model import GPT, IGNORE, GPTConfig, NoFirstWeights, find_checkpoint, load_model
-from optim import adamw, lr_at, muon_and_adamw, set_rates
-from runtime import (
-    Signals,
-    compile_model,
-    describe,
-    memory_needed,
-    memory_there,
-    pick_attention,
-    recompute_blocks,
-    seed_for,
-    setup,
-    tune_cpu,
-    use_fp8,
-    whole,
-)
-from tokenizer import Tokenizer, load_tokenizer
-from tokens import Mixture, parse_mix
+from model import GPT, IGNORE, GPTConfig
+from runtime.cpu import tune_cpu
+from runtime.device import describe
+from runtime.kernels import compile_model, pick_attention, use_fp8
+from runtime.memory import memory_needed, memory_there, recompute_blocks
+from runtime.processes import setup, whole
+from runtime.seeds import seed_for
+from runtime.signals import Signals
+from text.tokenizer import Tokenizer, gpt2_spec, load_tokenizer
+from training.log import Log, draw_loss, open_run
+from training.optim import adamw, lr_at, muon_and_adamw, set_rates
+from training.resume import check_resumed
+from training.sequences import Mixture, evenly_spaced_starts, parse_mix
 
 MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout", "rope", "rmsnorm",
               "qk_norm", "mlp", "tied", "zero_init", "softcap", "n_kv_head", "value_embeds",
@@ -301,7 +297,7 @@ def checkpoint_defaults(settings):
                 for key, value in read_meta(place).get("config", {}).items()
                 if key in settings and key not in NOT_RESUMED}
     if names_gpt2(init_from):
-        from hf import gpt2_sizes
+        from formats.huggingface import gpt2_sizes
 
         return gpt2_sizes(init_from)
     if init_from != "scratch":
@@ -326,9 +322,10 @@ def make_model(config, place):
         model.init_weights(torch.Generator().manual_seed(seed_for(config["seed"], "init")))
         return model, tokenizer, before
     if names_gpt2(init_from):
-        from hf import load_gpt2
+        from formats.huggingface import load_gpt2
 
-        model, its_tokenizer, place = *load_gpt2(init_from, config["dropout"]), init_from
+        model, its_tokenizer = load_gpt2(init_from, config["dropout"]), Tokenizer(gpt2_spec())
+        place = init_from
     else:
         before = read_meta(place) if place else {}
         place = place or verify(find_checkpoint(init_from, "best"))
@@ -528,7 +525,7 @@ def evaluate(model, config, data, sequences, batch_size, runtime):
     ValueError where the mask leaves no target in them.
     """
     T, B = config.block_size, batch_size
-    starts = data.spread(sequences, T)
+    starts = evenly_spaced_starts(data, sequences, T)
     mine = starts[runtime.rank::runtime.world_size]
     rounds = -(-len(starts) // (runtime.world_size * B))
     sums, fault = [], None

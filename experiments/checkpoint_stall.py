@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from checkpoint import Checkpoints  # noqa: E402
 from configurator import configure  # noqa: E402
+from formats.checkpoint import Checkpoints  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from runtime import setup  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from runtime.processes import setup  # noqa: E402
+from text.tokenizer import Tokenizer  # noqa: E402
 
 
 def main(repeats, flags):

@@ -19,8 +19,9 @@ import recipe
 
 import train
 from configurator import run
-from model import find_checkpoint, load_model
-from tokenizer import load_tokenizer
+from formats.checkpoint import find_checkpoint, load_model
+from text.tokenizer import load_tokenizer
+from training.sequences import evenly_spaced_starts, move_to_documents
 
 ITERS = 560  # of 1,024 tokens
 RUNS = {"neither": {}, "align": dict(align_documents=True), "mask": dict(mask_documents=True),
@@ -60,9 +61,9 @@ def four_losses(folder, dataset):
     for way in WAYS:
         T, N = settings["block_size"], settings["batch_size"]
         reader = train.Mixture({dataset: 1}, "val", T).readers[dataset]
-        starts = reader.spread(settings["eval_iters"] * N, T)
+        starts = evenly_spaced_starts(reader, settings["eval_iters"] * N, T)
         if way.startswith("documents"):
-            starts = reader.at_documents(starts, T, document)
+            starts = move_to_documents(reader, starts, T, document)
         reader.spread = lambda *_, starts=starts: starts
         model.document_start = document if way.endswith("masked") else None
         losses[way] = train.evaluate(model, model.config, reader, 0, N, runtime)

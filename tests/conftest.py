@@ -23,7 +23,7 @@ if CACHE.is_dir():
 @pytest.fixture(scope="session")
 def gpt2():
     """GPT-2's tokenizer; without its files the test is skipped."""
-    from tokenizer import Tokenizer, gpt2_spec
+    from text.tokenizer import Tokenizer, gpt2_spec
 
     try:
         return Tokenizer(gpt2_spec())

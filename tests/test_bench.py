@@ -9,9 +9,9 @@ import torch
 
 import bench
 import configurator
-import metrics
 import prepare
 import train
+from training import log as run_log
 
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=7", "--block_size=13", "--batch_size=2",
         "--gradient_accumulation_steps=3", "--device=cpu", "--dtype=float32", "--iterations=5",
@@ -106,7 +106,7 @@ def test_times_the_training_step_by_turns_with_theirs(capsys, monkeypatch, quick
 
 
 def test_shows_the_share_of_a_peak_that_is_known(capsys, monkeypatch, quick, tmp_path):
-    monkeypatch.setattr(metrics, "peak_flops", lambda runtime: 2e9)
+    monkeypatch.setattr(run_log, "peak_flops", lambda runtime: 2e9)
     bench_with("--random=True", "--repeats=1", f"--log={tmp_path}/log")
     row = json.loads((tmp_path / "log").read_text().splitlines()[1])
     assert row["mfu"] == pytest.approx(row["of_the_limit"] / 2)  # the machine's is 1 GFLOP/s

@@ -35,14 +35,17 @@ from test_train import (  # noqa: F401
     weights_of,
 )
 
-import checkpoint
 import configurator
-import optim
 import train
+from formats import checkpoint
+from formats.shards import TokenReader
 from model import GPT, GPTConfig
-from optim import adamw
-from runtime import Signals, memory_needed, setup
-from tokens import Mixture, TokenReader
+from runtime.memory import memory_needed
+from runtime.processes import setup
+from runtime.signals import Signals
+from training import optim
+from training.optim import adamw
+from training.sequences import Mixture
 
 
 def same_end(a, b):
@@ -242,7 +245,8 @@ def test_sigusr1_saves_and_goes_on(tmp_path, dataset, monkeypatch):
 
 
 def test_a_second_signal_ends_at_once():
-    code = ("import signal, os, time, runtime\nwith runtime.Signals() as signals:\n"
+    code = ("import signal, os, time\nfrom runtime.signals import Signals\n"
+            "with Signals() as signals:\n"
             "    os.kill(os.getpid(), 15)\n    assert signals.wish == 15\n"
             "    os.kill(os.getpid(), 2)\n    time.sleep(9)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGINT

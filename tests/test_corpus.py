@@ -10,8 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's libraries are imported
 
-import corpus  # noqa: E402
-from corpus import Files  # noqa: E402
+from text import corpus  # noqa: E402
+from text.corpus import Files
 
 TRICKY = ("First\r\nline\r\n\r\n\r\nit's 3.14 -- don't!\n\n\n\n\n    indented = True  # 1,000\n\t"
           "tab \n  \n漢字かな、カナ。句点！これは空白のない文章です。 😀 👩\u200d👩 é e\u0301 ½"

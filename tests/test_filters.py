@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import filters
-from filters import Seen, c4, exact_keys, fineweb, gopher, near_keys, pii, repetition
+from text import filters
+from text.dedup import Seen, exact_keys, key_function, near_keys
+from text.filters import c4, fineweb, gopher, pii, repetition
 
-ROOT = Path(filters.__file__).parent
+ROOT = Path(__file__).parent.parent
 NONE = {"filters": "", "url_blocklist": "", "language": "", "language_score": 0.65, "dedup": ""}
 ALL = "gopher repetition c4 fineweb pii"
 PROSE = " ".join(["the cat and 12 dogs sat on mats of straw", "while some rain fell over hills",
@@ -64,11 +65,11 @@ def test_columns_and_key_function():
     assert filters.columns(NONE | {"url_blocklist": "x", "language": "en"}) == (
         "url", "language", "language_score")
     for dedup, function in (("", None), ("exact", exact_keys), ("near", near_keys)):
-        assert filters.key_function(NONE | {"dedup": dedup}) is function
+        assert key_function(NONE | {"dedup": dedup}) is function
 
 
 def test_import_needs_numpy_alone():
-    code = ("import sys, filters; "
+    code = ("import sys; from text import filters; "
             "print(sorted({'datatrove', 'rensa', 'py3langid', 'datasets', 'torch', 'pyarrow'} "
             "& set(sys.modules)))")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT).strip() == b"[]"

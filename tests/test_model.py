@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-import hf
 import model as model_file
-from model import GPT, IGNORE, GPTConfig, find_checkpoint, from_weights, load_model, save_weights
-from runtime import recompute_blocks
+from formats import huggingface
+from formats.checkpoint import find_checkpoint, from_weights, load_model, save_weights
+from model import GPT, IGNORE, GPTConfig
+from runtime.memory import recompute_blocks
 
 B, T, H, D, V = 2, 5, 3, 7, 11
 C, LAYERS, BLOCK = H * D, 2, 13
@@ -71,14 +72,14 @@ def test_logits_and_gradients_are_those_of_transformers_gpt2(length, tmp_path):
         for p in theirs.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=generator))
     theirs.save_pretrained(tmp_path)
-    ours = hf.read_gpt2(tmp_path / "config.json", tmp_path / "model.safetensors").eval()
+    ours = huggingface.read_gpt2(tmp_path / "config.json", tmp_path / "model.safetensors").eval()
     tokens, targets = batch(length)
 
     their_logits = theirs(tokens).logits
     torch.testing.assert_close(ours.logits(tokens), their_logits, rtol=1e-5, atol=1e-5)
     F.cross_entropy(their_logits.flatten(0, 1), targets.flatten()).backward()
     (ours(tokens, targets).sum() / targets.numel()).backward()
-    expected = dict(hf.translate(key, p.grad) for key, p in theirs.named_parameters())
+    expected = dict(huggingface.translate(key, p.grad) for key, p in theirs.named_parameters())
     gradients = {name: p.grad for name, p in ours.named_parameters()}
     assert gradients.keys() == expected.keys()
     assert len(gradients) == 12 * LAYERS + 4
@@ -472,7 +473,8 @@ def test_first_weights_have_gpt2s_deviations():
 
 
 def test_a_model_without_weights_imports_no_compiler():
-    code = ("import sys; from model import *; model = without_weights(GPTConfig(n_layer=2))\n"
+    code = ("import sys; from formats.checkpoint import *\n"
+            "model = without_weights(GPTConfig(n_layer=2))\n"
             "assert all(p.is_meta for p in model.parameters())\n"
             "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True,
@@ -776,7 +778,7 @@ def test_impossible_sizes(changes, message):
     ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
     ("gpt2-xl", 1_557_611_200)])
 def test_parameter_counts_are_the_published_ones(name, total):
-    sizes = hf.gpt2_sizes(name)
+    sizes = huggingface.gpt2_sizes(name)
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257, **sizes))
     assert sum(p.numel() for p in model.parameters()) == total

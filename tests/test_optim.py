@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import optim
 from model import GPT, GPTConfig
-from optim import (
+from training import optim
+from training.optim import (
     Optimizer,
     adamw,
     lr_at,

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from test_corpus import TRICKY, on_hub, packed, write, write_jsonl, write_parquet
 
-import corpus
-import filters
 import prepare
-import tokens
-from tokenizer import Tokenizer
-from tokens import TokenReader
+from formats import shards
+from formats.shards import TokenReader
+from text import corpus, dedup
+from text import split as text_split
+from text.tokenizer import Tokenizer
 
 ROOT = Path(prepare.__file__).parent
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
@@ -103,7 +103,7 @@ def test_shakespeare_in_gpt2_tokens(do, gpt2):
 
 
 def test_the_default_corpus_is_the_standard_library(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tokens, "ROOT", tmp_path)
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
     some = corpus.stdlib_files()[::7]
     monkeypatch.setattr(corpus, "stdlib_files", lambda: some)
     prepare.main()
@@ -124,7 +124,7 @@ def test_shakespeare_is_downloaded_once(monkeypatch, tmp_path):
         asked.append(url)
         return open(write(tmp_path / "server", "Tö be,\r\nor not." * 7), "rb")
 
-    monkeypatch.setattr(tokens, "ROOT", tmp_path)
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for _ in range(2):
         prepare.main(dataset="shakespeare_char")
@@ -139,7 +139,7 @@ def test_offline_says_what_to_do(monkeypatch, tmp_path, error):
     def urlopen(url, timeout):
         raise error
 
-    monkeypatch.setattr(tokens, "ROOT", tmp_path)
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for dataset in ("shakespeare", "shakespeare_char"):
         with pytest.raises(ValueError, match="cannot download https.*add --input=FILE"):
@@ -582,8 +582,8 @@ def stop(monkeypatch):
 
     at(10**9)
     for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (prepare, "write_aside"),
-                        (tokens.ShardWriter, "add"), (tokens.ShardWriter, "publish"),
-                        (tokens.ShardWriter, "finish"), (filters.Removed, "add")):
+                        (shards.ShardWriter, "add"), (shards.ShardWriter, "publish"),
+                        (shards.ShardWriter, "finish"), (dedup.Removed, "add")):
         counted(owner, name)
     monkeypatch.setattr(prepare, "NOTE", 0)
     return at
@@ -602,7 +602,7 @@ def test_stopped_anywhere_it_goes_on(tmp_path, monkeypatch, stop, kind):
     texts, dataset = prose(70), f"{tmp_path}/{{}}/data"
     source = tmp_path / "x.jsonl"
     if kind == "first file":
-        monkeypatch.setattr(tokens, "ROOT", tmp_path)
+        monkeypatch.setattr(shards, "ROOT", tmp_path)
         on_hub(monkeypatch, tmp_path / "hub", texts)
         source = ""
         monkeypatch.setitem(corpus.ON_THE_HUB, "x", corpus.ON_THE_HUB["fineweb"])
@@ -615,7 +615,7 @@ def test_stopped_anywhere_it_goes_on(tmp_path, monkeypatch, stop, kind):
     def run(name, last):
         stop(last)
         if kind == "first file":
-            monkeypatch.setattr(tokens, "ROOT", tmp_path / name)
+            monkeypatch.setattr(shards, "ROOT", tmp_path / name)
         prepare.main(dataset="fineweb" if kind == "first file" else dataset.format(name),
                      input=str(source), shard_tokens=3000, workers=1,
                      **{"tokenizer": "bytes", **KINDS[kind]})
@@ -695,11 +695,11 @@ def test_killed_it_leaves_no_workers_and_goes_on(tmp_path, do):
     path = write_jsonl(tmp_path / "x.jsonl", [f"{rng.random()} {page}" for page in pages])
     whole = do(path, "whole/data", shard_tokens=150_000, workers=1, dedup="exact")
     data, killed = tmp_path / "data", 0
-    for shards in (1, 4, 8):
+    for shard_count in (1, 4, 8):
         run = subprocess.Popen(command(
             f"--dataset={data}", f"--input={path}", "--shard_tokens=150_000", "--workers=2",
             "--dedup=exact"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while run.poll() is None and len([*data.glob("*_*.bin")]) < shards:
+        while run.poll() is None and len([*data.glob("*_*.bin")]) < shard_count:
             time.sleep(0.002)
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() \
             if run.poll() is None else []
@@ -721,7 +721,7 @@ def test_a_worker_that_is_killed(tmp_path, do, monkeypatch):
     path = write_jsonl(tmp_path / "x.jsonl", prose(150))
     whole = do(path, "whole/data", workers=1)
     with monkeypatch.context() as patch:
-        units = prepare.units
+        units = text_split.units
 
         def and_kill(*args):
             for i, unit in enumerate(units(*args)):
@@ -890,7 +890,7 @@ def fineweb(tmp_path, monkeypatch):
     """Return the texts of a stand-in for FineWeb and the folder of its dataset."""
     texts = prose(100)
     on_hub(monkeypatch, tmp_path / "hub", texts)
-    monkeypatch.setattr(tokens, "ROOT", tmp_path)
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
     return texts, tmp_path / "data/fineweb"
 
 
@@ -980,7 +980,7 @@ def ready(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "HfApi", HfApi)
     monkeypatch.setattr(hub, "hf_hub_download", fetch)
-    monkeypatch.setattr(tokens, "ROOT", tmp_path)
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
     return asked, tmp_path / "data/fineweb"
 
 

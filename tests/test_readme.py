@@ -22,7 +22,7 @@ ROOT = Path(train.__file__).parent
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
 SHORTER = {  # flags that make each script quick
     "prepare.py": [],
-    "pipeline.py": [],
+    "filter.py": [],
     "train.py": ["--eval_iters=1", "--batch_size=2", "--log_interval=1", "--device=cpu"],
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
     "bench.py": ["--iterations=1", "--warmup=1", "--repeats=1", "--device=cpu"],
@@ -44,7 +44,7 @@ def commands():
         line = re.sub(r"\s+# .*", "", line)
         match = re.search(r"(\w+\.py)( .*)?$", line)
         if match:
-            script = re.search(r"\b(prepare|pipeline|train|sample|bench|hf)\.py", line)[0]
+            script = re.search(r"\b(prepare|filter|train|sample|bench|convert)\.py", line)[0]
             found.append((script, shlex.split(line.split(script, 1)[1]), line))
         elif "pip install" in line or line.startswith("python"):
             assert "requirements" in line, line
@@ -94,15 +94,18 @@ def test_the_commands_run_in_order(tmp_path):
 
 def run_script(script, arguments, folder):
     """Return the exit code and what it printed, of a script that reads ROMEO: as its input."""
-    if script in ("prepare.py", "pipeline.py"):  # which start processes of their own
+    if script in ("prepare.py", "filter.py"):  # which start processes of their own
         done = subprocess.run([sys.executable, script, *arguments], cwd=folder, text=True,
                               capture_output=True, timeout=120)
         return done.returncode, done.stderr
 
     def as_command(rank):
         os.chdir(folder)
-        for name in [path.stem for path in ROOT.glob("*.py")]:
-            sys.modules.pop(name, None)  # to be taken from that folder
+        ours = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py"))}
+        ours |= {path.parent.name for path in ROOT.glob("*/__init__.py")}
+        for name in list(sys.modules):
+            if name.split(".")[0] in ours:
+                del sys.modules[name]  # to be taken from that folder
         sys.path.insert(0, str(folder))
         sys.argv, sys.stdin = [script, *arguments], io.TextIOWrapper(io.BytesIO(b"ROMEO:"))
         runpy.run_path(script, run_name="__main__")

@@ -9,28 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
-import runtime as module
 from model import GPT, GPTConfig
-from optim import adamw
-from runtime import (
-    Runtime,
-    bernoulli_by_bits,
-    compile_model,
-    describe,
-    memory_needed,
-    peak_flops,
-    pick_attention,
-    pick_device,
-    pick_dtype,
-    recompute_blocks,
-    seed_for,
-    setup,
-    use_fp8,
-)
+from runtime import cpu, kernels, processes
+from runtime.cpu import bernoulli_by_bits
+from runtime.device import describe, peak_flops, pick_device, pick_dtype
+from runtime.kernels import compile_model, pick_attention, use_fp8
+from runtime.memory import memory_needed, recompute_blocks
+from runtime.processes import Runtime, setup
+from runtime.seeds import seed_for
 from train import make_optimizer, train_step
+from training.optim import adamw
 
-ROOT = module.os.path.dirname(module.__file__)
 CPU = Runtime(torch.device("cpu"), torch.float32)
 GPU = Runtime(torch.device("cuda", 0), torch.bfloat16)
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -180,19 +171,19 @@ def test_the_memory_estimate_is_what_training_takes(sizes, recompute, dtype, mon
 
 def test_a_cpu_alone_is_tuned(monkeypatch):
     done = []
-    monkeypatch.setattr(module, "keep_freed_memory", lambda: done.append("memory"))
-    monkeypatch.setattr(module, "draw_dropout_by_bits", lambda: done.append("dropout"))
-    module.tune_cpu(torch.device("cuda", 0))
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: done.append("memory"))
+    monkeypatch.setattr(cpu, "draw_dropout_by_bits", lambda: done.append("dropout"))
+    cpu.tune_cpu(torch.device("cuda", 0))
     assert done == []
-    module.tune_cpu(torch.device("cpu"))
+    cpu.tune_cpu(torch.device("cpu"))
     assert done == ["memory", "dropout"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept():
     """A process that takes and frees 40 MB many times faults its pages once."""
-    code = ("import resource, runtime, numpy\n"
-            "if {}: assert runtime.keep_freed_memory()\n"
+    code = ("import resource, numpy\nfrom runtime import cpu\n"
+            "if {}: assert cpu.keep_freed_memory()\n"
             "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "numpy.ones(5_000_000); before = faults()\n"
             "for i in range(5): numpy.ones(5_000_000)\n"
@@ -204,11 +195,11 @@ def test_freed_memory_is_kept():
 
 
 def test_without_glibc_nothing_is_done(monkeypatch):
-    monkeypatch.setattr(module.sys, "platform", "darwin")
-    assert module.keep_freed_memory.__wrapped__() is False
-    monkeypatch.setattr(module.sys, "platform", "linux")
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: object())  # musl has no mallopt
-    assert module.keep_freed_memory.__wrapped__() is False
+    monkeypatch.setattr(cpu.sys, "platform", "darwin")
+    assert cpu.keep_freed_memory.__wrapped__() is False
+    monkeypatch.setattr(cpu.sys, "platform", "linux")
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())  # musl has no mallopt
+    assert cpu.keep_freed_memory.__wrapped__() is False
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.8, 1.0])
@@ -236,8 +227,8 @@ def test_bernoulli_by_bits_is_a_function_of_the_seed_and_of_any_shape():
 
 
 def test_dropout_draws_by_bits_where_it_is_tuned():
-    module.draw_dropout_by_bits()
-    again = module.draw_dropout_by_bits.__wrapped__()  # as when a notebook reloads runtime
+    cpu.draw_dropout_by_bits()
+    again = cpu.draw_dropout_by_bits.__wrapped__()  # as when a notebook reloads runtime
     assert again.m
     x = torch.ones(3, 50)
     torch.manual_seed(8)
@@ -274,11 +265,11 @@ def test_the_allocator_s_segments_grow_on_a_gpu_unless_the_user_says_otherwise(m
                                                                                 two_gpus):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setattr(processes.sys, "platform", "linux")
     for given in ({}, {"PYTORCH_ALLOC_CONF": "backend:native"},
                   {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}):
         environment = dict(given)
-        monkeypatch.setattr(module.os, "environ", environment)
+        monkeypatch.setattr(processes.os, "environ", environment)
         setup("cpu")
         assert environment == given
         setup("cuda")
@@ -351,22 +342,22 @@ def own_order():
     """The choice ends with the test."""
     with torch.compiler.config.patch(cache_key_tag=""):
         yield
-    module.PICKED.close()
+    kernels.PICKED.close()
 
 
-def kernels():
+def kernels_in_order():
     """Return the kernels that torch would try now, in their order."""
     return torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
 
 
 def test_the_kernels_are_timed_as_the_model_calls_them(monkeypatch, own_order):
-    calls, own = [], module.F.scaled_dot_product_attention
-    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda *args, **kwargs: (
-        calls.append((args, kwargs, kernels())) or own(*args, **kwargs)))
+    calls, own = [], kernels.F.scaled_dot_product_attention
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", lambda *args, **kwargs: (
+        calls.append((args, kwargs, kernels_in_order())) or own(*args, **kwargs)))
     config = replace(HEADS, dropout=0.1)
     low = replace(CPU, dtype=torch.bfloat16)
     with monkeypatch.context() as patch:  # dropout: on a CPU no fused kernel has it
-        patch.setattr(module, "FUSED", {"math": module.SDPBackend.MATH})
+        patch.setattr(kernels, "FUSED", {"math": kernels.SDPBackend.MATH})
         assert pick_attention(config, 3, low, repeats=1).startswith("attention: math ")
     expected, calls[:] = calls[:], []
     model = GPT(replace(config, vocab_size=11))
@@ -374,7 +365,7 @@ def test_the_kernels_are_timed_as_the_model_calls_them(monkeypatch, own_order):
         model(*torch.zeros(2, 3, 13, dtype=torch.int64)).sum().backward()
     (theirs, kwargs, _), = calls
     for ours, its_kwargs, enabled in expected:
-        assert len(expected) == 3 and enabled == [module.SDPBackend.MATH]
+        assert len(expected) == 3 and enabled == [kernels.SDPBackend.MATH]
         for mine, model_s in zip(ours, theirs, strict=False):
             assert (mine.shape, mine.dtype, mine.stride()) == (
                 model_s.shape, model_s.dtype, model_s.stride())
@@ -382,32 +373,32 @@ def test_the_kernels_are_timed_as_the_model_calls_them(monkeypatch, own_order):
 
 
 def test_the_fastest_kernel_is_tried_first_and_the_others_after_it(monkeypatch, own_order):
-    before, cost = kernels(), {"FLASH_ATTENTION": 5, "CUDNN_ATTENTION": 2, "MATH": 1}
+    before, cost = kernels_in_order(), {"FLASH_ATTENTION": 5, "CUDNN_ATTENTION": 2, "MATH": 1}
     clock = [0.0]
 
     def attention(q, k, v, **kwargs):
-        enabled, = kernels()
+        enabled, = kernels_in_order()
         if enabled.name not in cost:
             raise RuntimeError("No available kernel")
         clock[0] += cost[enabled.name]
         return q * k.sum() * v.sum()
 
-    monkeypatch.setattr(module.F, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: clock[0])
     line = pick_attention(HEADS, 2, CPU)
     assert line == "attention: cudnn 2000.00 ms, flash 5000.00 ms, not efficient"
-    assert [kernel.name for kernel in kernels()] == [
+    assert [kernel.name for kernel in kernels_in_order()] == [
         "CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
     assert torch.compiler.config.cache_key_tag.split() == ["cudnn", "flash", "efficient"]
     cost["FLASH_ATTENTION"] = 1
     assert pick_attention(HEADS, 2, CPU).startswith("attention: flash 1000.00 ms, cudnn")
-    assert kernels()[0].name == "FLASH_ATTENTION"
+    assert kernels_in_order()[0].name == "FLASH_ATTENTION"
     # another process was slower with flash
     slow = replace(CPU, world_size=2)
     monkeypatch.setattr(Runtime, "agree", lambda self, *times: [times[0] + 9, *times[1:]])
     assert pick_attention(HEADS, 2, slow).startswith("attention: cudnn 2000.00 ms, flash 10000.00")
-    module.PICKED.close()
-    assert kernels() == before
+    kernels.PICKED.close()
+    assert kernels_in_order() == before
 
 
 def test_with_kernels_picked_attention_is_the_same_with_and_without_a_mask(own_order):
@@ -424,12 +415,12 @@ def test_with_kernels_picked_attention_is_the_same_with_and_without_a_mask(own_o
 @pytest.mark.gpu
 @NO_GPU
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", list(module.FUSED))
+@pytest.mark.parametrize("name", list(kernels.FUSED))
 def test_on_a_gpu_both_passes_use_the_kernel_that_was_picked(name, compiled, monkeypatch,
                                                              own_order):
     runtime = setup("cuda", "bfloat16")
     config = GPTConfig(block_size=128, vocab_size=64, n_layer=1, n_head=2, n_embd=128)
-    monkeypatch.setattr(module, "FUSED", {name: module.FUSED[name]})
+    monkeypatch.setattr(kernels, "FUSED", {name: kernels.FUSED[name]})
     if pick_attention(config, 2, runtime) == f"attention: not {name}":
         pytest.skip("this GPU does not have it")
     model = GPT(config).to(runtime.device)

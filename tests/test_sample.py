@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import sample
-from model import GPT, GPTConfig, load_model, save_weights
-from runtime import Runtime
-from sample import draw, generate, hold_in, newest_run, next_tokens, read_prompt, write_text
-from tokenizer import Tokenizer
+from formats.checkpoint import load_model, save_weights
+from inference.generate import draw, generate, hold_in, next_tokens
+from model import GPT, GPTConfig
+from runtime.processes import Runtime
+from sample import newest_run, read_prompt, write_text
+from text.tokenizer import Tokenizer
 
 ROOT = Path(sample.__file__).parent
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -9,21 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import corpus
 import prepare
-from tokenizer import (
-    BYTES,
-    EOT,
-    LETTERS,
-    PATTERNS,
-    Tokenizer,
-    bpe_merges,
-    load_tokenizer,
-    read_spec,
-    train_bpe,
-    train_by_library,
-)
-from tokens import TokenReader
+from formats.shards import TokenReader
+from text import corpus
+from text import split as text_split
+from text.bpe import BYTES, LETTERS, PATTERNS, bpe_merges, read_spec, train_bpe, train_by_library
+from text.tokenizer import EOT, Tokenizer, load_tokenizer
 
 SHAKESPEARE = Path(prepare.__file__).parent.parent / "shared/data/tinyshakespeare/input.txt"
 TRICKY = ("First\r\nline\r\n\r\n\r\nit's 3.14 -- don't!\n\n\n\n\n    indented = True  # 1,000\n\t"
@@ -148,7 +139,7 @@ def test_a_damaged_tokenizer_json(tmp_path, text):
 
 
 def test_a_dataset_s_tokenizer(tmp_path, do, gpt2, monkeypatch):
-    monkeypatch.setattr("tokenizer.gpt2_spec", lambda: gpt2.spec)
+    monkeypatch.setattr("text.tokenizer.gpt2_spec", lambda: gpt2.spec)
     folder, _ = do(["some text"], tokenizer="chars")
     assert load_tokenizer(f"{folder}").spec["alphabet"] == " emostx"
     for split in ("train", "val"):
@@ -448,12 +439,12 @@ def test_a_vocabulary_trained_on_the_training_split(do, corpus, gpt2, capsys, mo
 
 def test_what_bpe_learns_from_is_limited_and_spread(do):
     text = "abc" * 999
-    assert "".join(prepare.training_text([("train", True, text)], 2997, 10**9)) == text
+    assert "".join(text_split.training_text([("train", True, text)], 2997, 10**9)) == text
     pieces = [("val" if i % 3 == 0 else "train", True, chr(97 + i) * 5000) for i in range(26)]
-    taken = "".join(prepare.training_text(pieces, 26 * 5000, 13000))
+    taken = "".join(text_split.training_text(pieces, 26 * 5000, 13000))
     assert 7000 < len(taken) <= 13000
     assert set(taken) == {text[0] for split, _, text in pieces if split == "train"}
-    taken = list(prepare.training_text([("train", True, "ab " * 10**5)], 300_000, 299_999))
+    taken = list(text_split.training_text([("train", True, "ab " * 10**5)], 300_000, 299_999))
     assert max(map(len, taken)) <= 2**14 and sum(map(len, taken)) <= 299_999
 
 

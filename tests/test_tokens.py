@@ -10,12 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import in_processes
+from conftest import ROOT, in_processes
 
-import tokens
-from tokens import Mixture, TokenReader, parse_mix, permute, place, read_header, sequence_starts
-
-ROOT = Path(tokens.__file__).parent
+from formats import files, shards
+from formats.shards import TokenReader, read_header
+from training import sequences
+from training.sequences import (
+    Mixture,
+    move_to_documents,
+    parse_mix,
+    permute,
+    place,
+    sequence_starts,
+    training_starts,
+)
 
 
 def llmc_file(path, ids, magic=20240520, version=1, count=None, dtype="<u2"):
@@ -60,7 +68,7 @@ def ready_made(tmp_path):
 def test_what_is_written_is_what_is_read(tmp_path, vocab_size, dtype, start):
     ids = np.random.default_rng(7).integers(0, vocab_size, 1000)
     ids[:2] = 0, vocab_size - 1
-    with tokens.ShardWriter(tmp_path, "train", vocab_size, shard_tokens=300) as writer:
+    with shards.ShardWriter(tmp_path, "train", vocab_size, shard_tokens=300) as writer:
         for part in np.split(ids, [1, 5, 290, 310, 950]):
             writer.add(part, size=3 * len(part))
         info = writer.finish()
@@ -86,7 +94,7 @@ def test_what_is_written_is_what_is_read(tmp_path, vocab_size, dtype, start):
 
 
 def test_documents_begin_with_the_end_of_text_token(tmp_path):
-    with tokens.ShardWriter(tmp_path, "val", 300, shard_tokens=3) as writer:
+    with shards.ShardWriter(tmp_path, "val", 300, shard_tokens=3) as writer:
         writer.add(np.array([1, 2], np.uint8), 2, eot=256)
         writer.add(np.array([3], np.uint8), 1)
         writer.add(np.array([4], np.uint8), 1, eot=256)
@@ -107,7 +115,7 @@ def names(folder):
 
 
 def test_no_file_has_its_final_name_before_it_is_published(tmp_path):
-    with tokens.ShardWriter(tmp_path, "train", 300, shard_tokens=4) as writer:
+    with shards.ShardWriter(tmp_path, "train", 300, shard_tokens=4) as writer:
         writer.add(np.arange(6), 6)
         assert names(tmp_path) == ["train_000000.bin.tmp", "train_000001.bin.tmp"]
         writer.publish()
@@ -128,7 +136,7 @@ def in_parts(folder, stops, masked, vocab_size=300):
     done, noted = 0, 0
     for stop in [*stops, len(parts)]:
         done = noted
-        with tokens.ShardWriter(folder, "train", vocab_size, 7, state) as writer:
+        with shards.ShardWriter(folder, "train", vocab_size, 7, state) as writer:
             for number, (part, marked) in enumerate(parts[done:stop], done):
                 if number == stop - 2 < len(parts) - 2:
                     state, noted = json.loads(json.dumps(writer.state())), number
@@ -154,13 +162,13 @@ def test_a_writer_that_was_stopped_goes_on(tmp_path, masked, vocab_size):
         assert in_parts(tmp_path / f"{i}", stops, masked, vocab_size) == whole
         assert {path.name: path.read_bytes() for path in (tmp_path / f"{i}").iterdir()} == files
     (tmp_path / "bad").mkdir()
-    with tokens.ShardWriter(tmp_path / "bad", "train", vocab_size, 7) as writer:
+    with shards.ShardWriter(tmp_path / "bad", "train", vocab_size, 7) as writer:
         writer.add(np.arange(3), 3, mask=np.ones(3) if masked else None)
         state = writer.state()
     path = tmp_path / "bad" / f"train_000000.{'mask' if masked else 'bin'}.tmp"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{path.name}: is not what its preparation left.*remove"):
-        tokens.ShardWriter(tmp_path / "bad", "train", vocab_size, 7, state)
+        shards.ShardWriter(tmp_path / "bad", "train", vocab_size, 7, state)
 
 
 def test_masks_that_are_written_are_read(tmp_path):
@@ -175,7 +183,7 @@ def test_masks_that_are_written_are_read(tmp_path):
     assert header.tolist() == [20241121, 1, 7, *[0] * 253]
     assert reader.masks(np.array([5]), 20)[0].tolist() == masks[5:25].tolist()
     with pytest.raises(AssertionError, match="for all or none"), \
-            tokens.ShardWriter(tmp_path, "val", 300, 7) as writer:
+            shards.ShardWriter(tmp_path, "val", 300, 7) as writer:
         writer.add(np.arange(3), 3)
         writer.add(np.arange(3), 3, mask=np.ones(3))
 
@@ -213,7 +221,7 @@ def test_a_missing_dataset_names_the_command_that_prepares_it(tmp_path):
     for name in ("", ".", ".."):
         with pytest.raises(ValueError, match="give it a name"):
             TokenReader(name, "train")
-    assert tokens.dataset_folder("mine") == ROOT / "data" / "mine"
+    assert shards.dataset_folder("mine") == ROOT / "data" / "mine"
 
 
 def test_a_dataset_without_validation_names_its_file(ready_made):
@@ -381,7 +389,7 @@ def test_by_file_each_block_comes_once_per_epoch_file_after_file(tmp_path):
     reader = TokenReader(f"{tmp_path}", "train")  # nothing is there yet
     assert (reader.tokens, reader.bytes_per_token) == (179, None)
     blocks, ends = [6, 0, 4, 11], [50, 53, 89, 179]  # of 7 tokens: the second file has none
-    starts = reader.starts(np.arange(3 * 21), 7, seed=5)
+    starts = training_starts(reader, np.arange(3 * 21), 7, seed=5)
     orders = []
     for epoch in starts.reshape(3, 21):
         parts = np.split(epoch, np.cumsum(blocks)[:-1])
@@ -392,15 +400,15 @@ def test_by_file_each_block_comes_once_per_epoch_file_after_file(tmp_path):
         orders.append((parts[0].tolist(), parts[3].tolist()))
     assert orders[0] != orders[1] != orders[2]
     shuffled = np.random.default_rng(3).permutation(3 * 21)
-    assert reader.starts(shuffled, 7, seed=5).tolist() == starts[shuffled].tolist()
-    assert reader.starts(np.arange(63), 7, seed=6).tolist() != starts.tolist()
+    assert training_starts(reader, shuffled, 7, seed=5).tolist() == starts[shuffled].tolist()
+    assert training_starts(reader, np.arange(63), 7, seed=6).tolist() != starts.tolist()
     with pytest.raises(ValueError, match="block_size=90 needs 91 tokens, the train .* has 90"):
         Mixture({f"{tmp_path}": 1}, "train", 90)
 
 
 def test_a_file_that_is_needed_is_waited_for(tmp_path, monkeypatch, capsys):
     planned(tmp_path, LANDING, order="by_file")
-    monkeypatch.setattr(tokens, "POLL", 0.01)
+    monkeypatch.setattr(shards, "POLL", 0.01)
     land(tmp_path, "x_train_000000.bin")
     data = Mixture({f"{tmp_path}": 1}, "train", 7)
     first, _ = data.sequences(np.arange(6), seed=5)
@@ -418,8 +426,8 @@ def test_a_file_that_is_needed_is_waited_for(tmp_path, monkeypatch, capsys):
 
 def test_a_file_that_does_not_come_or_is_another(tmp_path, monkeypatch):
     planned(tmp_path, LANDING, order="by_file")
-    monkeypatch.setattr(tokens, "POLL", 0.01)
-    monkeypatch.setattr(tokens, "PATIENCE", 0.06)
+    monkeypatch.setattr(shards, "POLL", 0.01)
+    monkeypatch.setattr(shards, "PATIENCE", 0.06)
     data = Mixture({f"{tmp_path}": 1}, "train", 7)
     with pytest.raises(ValueError, match="x_train_000000.bin: not there after 0.001 minutes; run"):
         data.sequences(np.arange(6), seed=5)
@@ -525,11 +533,12 @@ def test_sequences_begin_at_the_first_document_of_their_block(tmp_path, by_file)
         planned(tmp_path, {"train": {"x_train_000000.bin": 140, "x_train_000001.bin": 40},
                            "val": {"x_val_000000.bin": 40}}, order="by_file")
     reader = TokenReader(f"{tmp_path}", "train")
-    plain = np.append(reader.starts(np.arange(200), 11, seed=5), [128, 168])  # at a file's end
+    plain = training_starts(reader, np.arange(200), 11, seed=5)
+    plain = np.append(plain, [128, 168])  # at a file's end
     ends = [140 if by_file and start < 140 else 180 for start in plain]
     expected = [slowly_aligned(ids, *of) for of in zip(plain.tolist(), [11] * 202, ends,
                                                        strict=True)]
-    assert reader.at_documents(plain, 11, 7).tolist() == expected
+    assert move_to_documents(reader, plain, 11, 7).tolist() == expected
     moved = sum(a != b for a, b in zip(plain, expected, strict=True))
     stayed = sum(a == b and ids[a] != 7 and 7 in ids[a:a + 11]
                  for a, b in zip(plain, expected, strict=True))
@@ -551,21 +560,21 @@ def test_sequences_begin_at_the_first_document_of_their_block(tmp_path, by_file)
 
 def test_write_aside_is_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "meta.json"
-    tokens.write_aside(path, "first\r\n\n")
+    files.write_aside(path, "first\r\n\n")
     assert path.read_bytes() == b"first\r\n\n"
     with pytest.raises(UnicodeEncodeError):
-        tokens.write_aside(path, "half \udcff")
+        files.write_aside(path, "half \udcff")
     monkeypatch.setattr(os, "replace", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        tokens.write_aside(path, "second")
+        files.write_aside(path, "second")
     assert path.read_bytes() == b"first\r\n\n" and [*tmp_path.iterdir()] == [path]
 
 
 def test_load_json(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"a": "é"}), encoding="utf-8")
-    assert tokens.load_json(tmp_path / "x.json") == {"a": "é"}
+    assert files.load_json(tmp_path / "x.json") == {"a": "é"}
     with pytest.raises(ValueError, match="nowhere.json: No such file"):
-        tokens.load_json(tmp_path / "nowhere.json")
+        files.load_json(tmp_path / "nowhere.json")
 
 
 # ---------------------------------------------------------------------- the order
@@ -628,8 +637,8 @@ def test_the_cuts_move_from_epoch_to_epoch():
 def test_the_order_does_not_depend_on_how_it_is_asked_for(monkeypatch):
     asked = dict(tokens=5000, block_size=7, seed=3)
     blocks = 5000 // 7 - 1
-    monkeypatch.setattr(tokens, "CHUNK", 64)  # several chunks in an epoch, the last not full
-    tokens.starts_of_chunk.cache_clear()
+    monkeypatch.setattr(sequences, "CHUNK", 64)  # several chunks in an epoch, the last not full
+    sequences.starts_of_chunk.cache_clear()
     whole = sequence_starts(np.arange(3 * blocks), **asked)
     for size in (1, 12, 64, 1000):
         parts = [sequence_starts(np.arange(i, min(i + size, 3 * blocks)), **asked)
@@ -637,10 +646,10 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for(monkeypatch):
         assert np.concatenate(parts).tolist() == whole.tolist()
     shuffled = np.random.default_rng(3).permutation(3 * blocks)  # as ranks ask, and resumed runs
     assert sequence_starts(shuffled, **asked).tolist() == whole[shuffled].tolist()
-    monkeypatch.setattr(tokens, "CHUNK", 1000)
-    tokens.starts_of_chunk.cache_clear()
+    monkeypatch.setattr(sequences, "CHUNK", 1000)
+    sequences.starts_of_chunk.cache_clear()
     assert sequence_starts(np.arange(3 * blocks), **asked).tolist() == whole.tolist()
-    tokens.starts_of_chunk.cache_clear()
+    sequences.starts_of_chunk.cache_clear()
     assert sorted(whole[:blocks] - whole[:blocks].min()) == list(range(0, 7 * blocks, 7))
 
 
@@ -677,7 +686,8 @@ def test_a_split_shorter_than_a_sequence_is_refused(ready_made):
 MEASURE = """
 import sys
 import numpy as np
-from tokens import TokenReader, sequence_starts
+from formats.shards import TokenReader
+from training.sequences import sequence_starts
 
 reader = TokenReader(sys.argv[1], "train")
 

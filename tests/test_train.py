@@ -20,14 +20,16 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
-import metrics
 import prepare
-import tokens as token_files
 import train
+from formats import shards
+from formats.shards import TokenReader
 from model import GPT, IGNORE, GPTConfig
-from optim import Optimizer, adamw, lr_at, set_rates
-from runtime import Runtime, setup, use_fp8, whole
-from tokens import Mixture, TokenReader, parse_mix
+from runtime.kernels import use_fp8
+from runtime.processes import Runtime, setup, whole
+from training import log as run_log
+from training.optim import Optimizer, adamw, lr_at, set_rates
+from training.sequences import Mixture, evenly_spaced_starts, parse_mix, training_starts
 
 ROOT = Path(train.__file__).parent
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -282,7 +284,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(tmp_path, dataset):
     config = {"batch_size": 2, "block_size": 13, "seed": 1337}
     model = GPT(GPTConfig(13, 64, 2, 3, 21), torch.Generator().manual_seed(5))
     batches = train.load_batches(data, 0, 3, config, model, CPU)
-    starts = data.readers[masked].starts(np.arange(6), 13, 1337)
+    starts = training_starts(data.readers[masked], np.arange(6), 13, 1337)
     total = count = 0
     for start, row in zip(starts, data.readers[masked].rows(starts, 14), strict=True):
         logits = model.logits(torch.from_numpy(row[None, :-1]))[0].log_softmax(-1)
@@ -300,7 +302,7 @@ def test_a_masked_evaluation_counts_only_what_counts(tmp_path, dataset):
     model.transformer.wte.weight.data *= 20
     data = TokenReader(masked_copy(dataset, tmp_path / "masked", every_third), "val")
     found = [train.evaluate(model, model.config, data, 11, size, CPU) for size in (1, 4, 20)]
-    starts = data.spread(11, 13)
+    starts = evenly_spaced_starts(data, 11, 13)
     rows = torch.from_numpy(data.rows(starts, 14))
     counts = torch.from_numpy(starts)[:, None] + torch.arange(1, 14)
     mean = model.eval()(rows[:, :-1], rows[:, 1:])[counts % 3 == 0].mean().item()
@@ -345,8 +347,8 @@ def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, m
 
     land("part_0.bin")  # 29 sequences, and an iteration takes 6
     with monkeypatch.context() as patch:  # the other 31; the third is not needed
-        patch.setattr(token_files, "PATIENCE", 5)
-        patch.setattr(token_files, "time", SimpleNamespace(
+        patch.setattr(shards, "PATIENCE", 5)
+        patch.setattr(shards, "time", SimpleNamespace(
             monotonic=time.monotonic, sleep=lambda seconds: land("part_1.bin")))
         landed = do_run(tmp_path / "first", f"{folder}")
     assert capsys.readouterr().err.count("waiting for ") == 1
@@ -370,7 +372,7 @@ def test_a_budget_of_tokens_is_one_of_iterations(tmp_path, dataset):
 def test_a_budget_of_minutes_ends_with_a_finished_model(tmp_path, dataset, monkeypatch, capsys,
                                                         schedule):
     clock = [0.0]
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     step = train.train_step
 
     def takes_time(*args):
@@ -613,7 +615,7 @@ def quiet_iteration(dataset, optimizer, runtime, watch):
     optimizer = train.make_optimizer(model, config, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
     rows = []
-    log = metrics.Log(rows.append, model, config, 78, {}, Path(), runtime)
+    log = run_log.Log(rows.append, model, config, 78, {}, Path(), runtime)
     for iter_num in range(2):
         with watch if iter_num else nullcontext():
             batches = train.load_batches(data, iter_num, 3, config, model, runtime)

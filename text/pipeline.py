@@ -1,7 +1,7 @@
 """Filter and deduplicate corpora past one machine: filters.py's rules as a datatrove pipeline.
 
-    python pipeline.py --input=s3://bucket/pages --output=clean --filters='gopher c4' --dedup=near
-    python pipeline.py --input=pages --output=clean --filters=gopher --slurm_partition=cpu
+    python filter.py --input=s3://bucket/pages --output=clean --filters='gopher c4' --dedup=near
+    python filter.py --input=pages --output=clean --filters=gopher --slurm_partition=cpu
 
 On this machine's cores, or as SLURM jobs. Writes clean/*.jsonl.gz, which `prepare.py --input=clean`
 reads, and clean.work/: removed/ has what was removed and why, logs/ which tasks are done. The same
@@ -16,54 +16,8 @@ from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 
-from configurator import run
-from filters import BAND_HASHES, BANDS, SHINGLE, check, make_judge, need
-
-
-def main(
-    input="",  # a folder or URL (s3://, hf://, ...) of .jsonl, .jsonl.gz, .jsonl.zst or .parquet
-    output="",  # the folder or URL to write .jsonl.gz to; OUTPUT.work beside it has the rest
-    filters="",  # any of: gopher repetition c4 fineweb pii
-    url_blocklist="",  # a file of domains, one per line, or a hosts file, also .gz
-    language="",  # keep this language, such as en: by the column language, else by py3langid
-    language_score=0.65,  # and be so sure of it
-    dedup="",  # drop copies: exact, or near for MinHash
-    text_column="text",  # the field that holds the text
-    tasks=8,  # pieces of the work, each of whole files: at most one per input file is of use
-    workers=2,  # how many of them at a time
-    slurm_partition="",  # run as SLURM jobs in this partition; '' on this machine
-    slurm_time="24:00:00",  # the limit of each job
-):
-    settings = {"filters": filters, "url_blocklist": url_blocklist, "language": language,
-                "language_score": language_score, "dedup": dedup}
-    check(settings)
-    need("datatrove", "orjson")
-    if not input or not output:
-        raise ValueError("say what to read and where to write: --input=FOLDER --output=FOLDER")
-    if tasks < 1 or workers < 1:
-        raise ValueError(f"tasks={tasks}, workers={workers}: must be at least 1")
-    input, output, settings["url_blocklist"] = map(absolute, (input, output, url_blocklist))
-    work = output.rstrip("/") + ".work"
-    suffix = begin(input, output, work, settings | {"text_column": text_column, "tasks": tasks})
-    slurm = {"partition": slurm_partition, "time": slurm_time} if slurm_partition else {}
-    stages = pipelines(input, suffix, output, work, settings, text_column, tasks)
-    made = executors(stages, work, workers, slurm)
-    for executor in made[-1:] if slurm else made:  # SLURM's last one submits those before it
-        executor.run()
-        counts = tally(work)
-        if not slurm and not counts["filters", "total"]:
-            raise ValueError(f"input={input!r}: no text in a column {text_column!r}; name another "
-                             f"with --text_column=NAME, and remove {work}")
-        if not slurm and not counts["filters", "forwarded"]:
-            break  # there is nothing for the next stages to read
-    if slurm:
-        print("of the tasks that have ended so far; the same command prints it again:")
-    report(counts, "dedup" if dedup else "filters")
-
-
-def absolute(path):
-    """Return the path from the root, since jobs may run in another folder; URLs stay."""
-    return path if not path or "://" in path else str(Path(path).expanduser().resolve())
+from text.dedup import BAND_HASHES, BANDS, SHINGLE
+from text.filters import make_judge, need
 
 
 def begin(input, output, work, settings):
@@ -164,7 +118,7 @@ def executors(stages, work, workers, slurm):
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 
     made = []
-    here, python = Path(__file__).resolve().parent, Path(sys.executable).parent
+    here, python = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
     for name, tasks, gigabytes, steps in stages:
         common = {"pipeline": steps, "tasks": tasks, "logging_dir": f"{work}/logs/{name}",
                   "depends": made[-1] if made else None, "workers": min(workers, tasks)}
@@ -189,20 +143,3 @@ def tally(work):
                 counts[stage, key] += value["total"] if isinstance(value, dict) else value
     return counts
 
-
-def report(counts, last):
-    """Print how many documents each reason removed."""
-    total = counts["filters", "total"]
-    lines = {key.removeprefix("dropped_"): count for (stage, key), count in counts.most_common()
-             if stage == "filters" and key.startswith("dropped_")}
-    lines["a copy of another"] = counts["dedup", "dropped"]
-    for reason, count in lines.items():
-        if count:
-            print(f"{count:>12,}  {count / total:6.2%}  {reason}")
-    print(f"{counts[last, 'forwarded']:,} of {total:,} documents kept")
-
-
-if __name__ == "__main__":
-    import pipeline  # under its own name, which the processes of the pipeline know it by
-
-    run(pipeline.main)

@@ -14,7 +14,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from runtime import like, whole
+from runtime.processes import like, whole
 
 FUSED = ("cuda", "cpu", "mps", "xpu")  # devices with a one-kernel AdamW in torch 2.9 and later
 ADAMW_KEEPS = ("exp_avg", "exp_avg_sq", "step")  # as torch's names them in a checkpoint

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import writing
-from runtime import peak_flops
-from tokens import write_aside
+from formats.files import write_aside, writing
+from runtime.device import peak_flops
 
 HALVINGS = 32  # updates that float16's scaler may skip until its scale, from 2**16, is no cause
 

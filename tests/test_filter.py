@@ -1,4 +1,4 @@
-"""pipeline.py: the same documents kept as by filters.py alone, resumed, and as SLURM jobs."""
+"""filter.py: the same documents kept as by text/filters.py alone, resumed, and as SLURM jobs."""
 
 import gzip
 import json
@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from test_filters import ALL, NONE, ROOT, edited, judge
 
-import pipeline
-from filters import c4, pii
+import filter
+from text import pipeline
+from text.filters import c4, pii
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_pipeline_removes_near_copies(corpus, capsys):
 def do(corpus, capsys, output="out", **settings):
     settings = {"input": f"{corpus.folder}/in", "tasks": 2, "workers": 1, "text_column": "body",
                 "output": f"{corpus.folder}/{output}"} | settings
-    pipeline.main(**settings)
+    filter.main(**settings)
     return capsys.readouterr().out.splitlines()
 
 
@@ -99,7 +100,7 @@ def test_pipeline_of_parquet_and_with_processes(corpus, tmp_path):
     for i in range(2):
         pq.write_table(pa.table({"text": corpus.texts[i::2]}), tmp_path / f"tables/{i}.parquet")
     done = subprocess.run(
-        [sys.executable, ROOT / "pipeline.py", "--input=tables", "--output=out", "--filters=c4",
+        [sys.executable, ROOT / "filter.py", "--input=tables", "--output=out", "--filters=c4",
          "--tasks=2", "--workers=2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kept = [text for why, text in (c4(text) for text in corpus.texts) if not why]
@@ -171,7 +172,7 @@ def test_slurm_jobs_run_on_a_node_that_knows_nothing(corpus, tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "JOBS": f"{tmp_path}/jobs"}
     done = subprocess.run(
-        [sys.executable, ROOT / "pipeline.py", "--input=in", "--output=out", "--filters=c4",
+        [sys.executable, ROOT / "filter.py", "--input=in", "--output=out", "--filters=c4",
          "--url_blocklist=blocked", "--tasks=2", "--text_column=body", "--slurm_partition=cpu"],
         cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + (tmp_path / "jobs.log").read_text()

@@ -20,7 +20,8 @@ from functools import cache
 from io import BufferedReader
 from pathlib import Path
 
-from tokens import HEADER, write_aside
+from formats.files import write_aside
+from formats.shards import HEADER
 
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                    "tinyshakespeare/input.txt")

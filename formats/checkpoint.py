@@ -8,7 +8,6 @@ the disk, then it is renamed, `latest` and `best` are switched, and only then ol
 `sha256sum -c SHA256SUMS` checks one by hand. Nothing here is a pickle that could run code.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,25 +15,19 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from model import find_checkpoint, save_weights
-from runtime import whole
-from tokens import load_json, parse_mix, write_aside
+from formats.files import flush, hash_of, load_json, write_aside, writing
+from model import GPT, GPTConfig
+from runtime.processes import whole
 
 SUMS = "SHA256SUMS"
-KEEPS_THE_RUN = {  # settings that a resumed run may change and compute the same
-    "max_iters", "eval_interval", "log_interval", "always_save_checkpoint", "keep_checkpoints",
-    "max_bad_steps", "wandb_log", "wandb_project", "wandb_run_name", "async_checkpoint"}
-ROUNDS_ANEW = {  # and the same but for the order of floating-point sums
-    "batch_size", "gradient_accumulation_steps", "total_batch_size", "device", "dtype", "compile",
-    "backend", "fsdp", "fp8", "activation_checkpointing"}
 
 
 class Checkpoints:
@@ -135,35 +128,6 @@ def write_checkpoint(run_dir, tokenizer, keep, state, meta, is_best):
             shutil.rmtree(old)
 
 
-@contextmanager
-def writing(path, remedy="make room, then go on with --init_from=resume"):
-    """Name what could not be written: the error of a full disk does not say it itself."""
-    try:
-        yield
-    except Exception as error:  # safetensors and torch.save have errors of their own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: cannot be written ({reason}); {remedy}") from error
-
-
-def flush(path):
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows flushes no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_of(path):
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            sha256.update(piece)
-    return sha256.hexdigest()
-
-
 def saved(run_dir):
     """Return a run's checkpoint folders, the newest last."""
     found = [path for path in run_dir.glob("iter_*") if re.fullmatch("[0-9]+", path.name[5:])]
@@ -206,7 +170,8 @@ def last_whole(run_dir):
 
 def verify(folder):
     """Return the checkpoint's folder. Raises ValueError where a file is missing or another than
-    the one that was saved. Folders without SHA256SUMS (hf.py's) are checked as they are loaded."""
+    the one that was saved. Folders without SHA256SUMS (those of
+    convert.py) are checked as they are loaded."""
     sums = folder / SUMS
     for line in sums.read_text("utf-8", "replace").splitlines() if sums.is_file() else ():
         wanted, _, name = line.partition("  ")
@@ -260,35 +225,75 @@ def load_trainer(folder, optimizer, scaler):
         raise ValueError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
 
 
-def check_resumed(before, config, tokens_per_iter, shards, place):
-    """Return one line per setting that a resumed run changes. Raises ValueError where the run's
-    place in its data would be lost, or the data are not the checkpoint's."""
-    new_run = "or begin a new run with these weights: --init_from=" + str(place)
-    old = before.get("config", {})
-    done = before.get("iter_num", 0)
-    had = before.get("tokens", 0) // done if done else tokens_per_iter
-    if had != tokens_per_iter:
-        raise ValueError(f"the run had {had:,} tokens per iteration and has {tokens_per_iter:,} "
-                         f"now, so its place in the data is lost; give --total_batch_size={had}, "
-                         + new_run)
-    if old.get("seed", config["seed"]) != config["seed"]:
-        raise ValueError(f"seed={config['seed']}, but the run has seed={old['seed']}, which is its "
-                         f"order of the data; leave seed out, {new_run}")
-    shares = [list(parse_mix(c["mix"], c["dataset"]).values()) for c in ({**config, **old}, config)]
-    if shares[0] != shares[1]:
-        raise ValueError(f"mix={config['mix']!r}, but the run has mix={old['mix']!r}; leave mix "
-                         f"out, {new_run}")
-    facts = [[[shard.get(key) for key in ("file", "tokens", "sha256")] for shard in some]
-             for some in (before.get("shards", []), shards)]
-    if facts[0] != facts[1]:
-        name = next((now or was)[0] for was, now in zip_longest(*facts) if was != now)
-        raise ValueError(f"{name} of {config['mix'] or config['dataset']} has changed since the "
-                         f"checkpoint {place} was written; prepare the dataset as it was, "
-                         + new_run)
-    lines = []
-    for key, value in config.items():
-        if key in old and old[key] != value and key not in ("out_dir", "init_from", "eval_only"):
-            means = ("safe" if key in KEEPS_THE_RUN else "the same up to rounding"
-                     if key in ROUNDS_ANEW else "another course from here on")
-            lines.append(f"changed since {place.name}: {key}={old[key]} is now {value} ({means})")
-    return lines
+class NoFirstWeights(TorchFunctionMode):
+    """While entered, nothing is drawn: what replaces it costs enough, and for a tensor of the meta
+    device torch would first import its compiler, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
+def without_weights(config):
+    """Return a GPT on the meta device: its shapes, and no memory."""
+    with torch.device("meta"), NoFirstWeights():
+        return GPT(config)
+
+
+def save_weights(weights, folder):
+    """Write weights, those of a model or {name: tensor}, into an existing folder, as
+    model.safetensors."""
+    from safetensors.torch import save_file
+
+    path = Path(folder) / "model.safetensors"
+    if isinstance(weights, nn.Module):
+        weights = weights.state_dict()
+    save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
+
+
+def load_model(folder, dropout=0.0):
+    """Return the GPT of a checkpoint folder: its config from meta.json, its weights from
+    model.safetensors. Raises ValueError where either is missing, damaged or of another model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        config = GPTConfig(**json.loads((folder / "meta.json").read_text("utf-8"))["model"])
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a checkpoint ({type(error).__name__}: {error})") from error
+    return from_weights(replace(config, dropout=dropout), weights, folder)
+
+
+def from_weights(config, weights, place):
+    """Return the GPT with these weights, {name: tensor}, in float32. Raises ValueError, naming
+    the place that they are from, where a name or a size does not fit."""
+    model = without_weights(config)  # the given ones take their place
+    # a copy, because safetensors' tensors are the file itself, mapped into memory
+    weights = {name: p.to(torch.float32, copy=True) for name, p in weights.items()}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{place}: the weights are another model's ({reason})") from error
+    return model
+
+
+def find_checkpoint(path, which="latest"):
+    """Return the checkpoint folder that `path` names: itself, or, in a run's folder, the one of
+    iter_000250/ and so on whose name is in the file `latest` or `best`. Raises ValueError where
+    there is none."""
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        return path
+    pointer = path / which
+    if not pointer.is_file():
+        raise ValueError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
+                         "another folder with --out_dir= or --init_from=")
+    name = Path(pointer.read_text("utf-8", "replace").strip()).name  # never outside
+    if name in ("", "..") or not (path / name).is_dir():
+        raise ValueError(f"{pointer} names {name!r}, which is not there")
+    return path / name

@@ -1,4 +1,4 @@
-"""hf.py: models that transformers has saved, and what is not one."""
+"""convert.py: models that transformers has saved, and what is not one."""
 
 import json
 import os
@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import hf
+import convert
 import sample
-from model import load_model
-from tokenizer import Tokenizer, gpt2_spec
-from tokens import load_json
+from formats import huggingface
+from formats.checkpoint import load_model
+from formats.files import load_json
+from text.tokenizer import Tokenizer, gpt2_spec
 
 transformers = pytest.importorskip("transformers")
 
-ROOT = Path(hf.__file__).parent
+ROOT = Path(__file__).parent.parent
 V, BLOCK = 11, 13
 
 
@@ -36,7 +37,7 @@ def save_theirs(folder, vocab_size=V, **changes):
 
 
 def read(folder, **settings):
-    return hf.read_gpt2(folder / "config.json", folder / "model.safetensors", **settings)
+    return huggingface.read_gpt2(folder / "config.json", folder / "model.safetensors", **settings)
 
 
 def change_json(path, **changes):
@@ -129,15 +130,15 @@ def test_damaged_files_are_refused_by_name(file, damage, message, tmp_path):
 
 def test_a_name_that_is_neither_published_nor_a_folder(tmp_path):
     with pytest.raises(ValueError, match="gpt3: neither a folder nor one of gpt2, gpt2-medium, g"):
-        hf.load_gpt2("gpt3")
+        huggingface.load_gpt2("gpt3")
     with pytest.raises(ValueError, match="init_from='gpt3': choose gpt2, gpt2-medium"):
-        hf.gpt2_sizes("gpt3")
+        huggingface.gpt2_sizes("gpt3")
 
 
 def test_another_vocabulary_is_refused(tmp_path, gpt2_tokenizer):
     save_theirs(tmp_path)
     with pytest.raises(ValueError, match="a vocabulary of 11 tokens is not GPT-2's 50,257"):
-        hf.load_gpt2(str(tmp_path))
+        huggingface.load_gpt2(str(tmp_path))
 
 
 def test_the_source_is_not_overwritten(tmp_path, monkeypatch):
@@ -146,7 +147,7 @@ def test_the_source_is_not_overwritten(tmp_path, monkeypatch):
     before = (tmp_path / "out/mine/model.safetensors").read_bytes()
     for settings in ({"source": "out/mine"}, {"source": "out/mine", "out_dir": "out/../out/mine"}):
         with pytest.raises(ValueError, match="is the source, which would be lost"):
-            hf.main(**settings)
+            convert.main(**settings)
     assert (tmp_path / "out/mine/model.safetensors").read_bytes() == before
 
 
@@ -157,7 +158,7 @@ def script(name, *flags, cwd, **environment):
 
 def test_a_saved_model_becomes_a_checkpoint_to_sample_from(tmp_path, gpt2_tokenizer, capsys):
     theirs = save_theirs(tmp_path / "theirs", vocab_size=50257)
-    done = script("hf.py", "--source=theirs", "--out_dir=mine", cwd=tmp_path)
+    done = script("convert.py", "--source=theirs", "--out_dir=mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mine: ")
     assert done.stdout.endswith("sample from it with python sample.py --init_from=mine\n")
@@ -174,10 +175,10 @@ def test_a_saved_model_becomes_a_checkpoint_to_sample_from(tmp_path, gpt2_tokeni
 
 
 def test_offline_gpt2_ends_in_one_line_and_exit_code_2(tmp_path):
-    done = script("hf.py", "--source=gpt2", cwd=tmp_path, HF_HUB_OFFLINE="1",
+    done = script("convert.py", "--source=gpt2", cwd=tmp_path, HF_HUB_OFFLINE="1",
                   HF_HOME=str(tmp_path / "empty"))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: gpt2 cannot be downloaded (")
-    assert done.stderr.endswith("give its folder: python hf.py --source=FOLDER\n")
+    assert done.stderr.endswith("give its folder: python convert.py --source=FOLDER\n")
     assert not list(tmp_path.glob("out/*"))
