@@ -28,15 +28,15 @@ import numpy as np
 import torch
 
 import train
-from configurator import run
+from configurator import UserError, run
 from formats.checkpoint import without_weights
-from formats.shards import load_meta
-from inference.generate import generate, hold_in, next_tokens
-from model import GPT, GPTConfig
+from formats.shards import read_dataset_meta
+from inference.generate import cast_weights, generate, next_tokens
+from model import GPT
 from runtime.cpu import tune_cpu
 from runtime.device import pick_device, pick_dtype
 from runtime.kernels import compile_model, pick_attention, use_fp8
-from runtime.memory import memory_needed, recompute_blocks
+from runtime.memory import checkpoint_activations, estimate_memory
 from runtime.processes import setup
 from text.tokenizer import load_tokenizer
 from training.log import mfu
@@ -103,19 +103,19 @@ def main(
 def check(options):
     """Raise ValueError for what cannot be measured."""
     if options["suite"] not in SUITES:
-        raise ValueError(f"suite={options['suite']!r}: choose {', '.join(SUITES)}")
+        raise UserError(f"suite={options['suite']!r}: choose {', '.join(SUITES)}")
     for key in ("iterations", "warmup", "repeats", "new_tokens", "samples"):
         if options[key] < 1:
-            raise ValueError(f"{key}={options[key]}: must be 1 or more")
+            raise UserError(f"{key}={options[key]}: must be 1 or more")
     folder = options["compare"]
     if folder == "transformers" and options["suite"] != "sample":
-        raise ValueError("compare='transformers': suite=sample alone can do that; name a folder")
+        raise UserError("compare='transformers': suite=sample alone can do that; name a folder")
     needs = {"prepare": "data/openwebtext/prepare.py", "sample": "model.py"}.get(
         options["suite"], "train.py")
     if folder not in ("", "transformers") and not Path(folder, needs).is_file():
-        raise ValueError(f"compare={folder!r}: has no {needs}; give the folder of a nanoGPT")
+        raise UserError(f"compare={folder!r}: has no {needs}; give the folder of a nanoGPT")
     if options["profile"] and options["suite"] != "train":
-        raise ValueError(f"profile=True: suite={options['suite']} has none, suite=train has")
+        raise UserError(f"profile=True: suite={options['suite']} has none, suite=train has")
 
 
 # ---------------------------------------------------------------------- the machine
@@ -158,10 +158,10 @@ def limit(suite, model, dtype, machine):
 
 def make_model(settings, is_random, device):
     """Return the settings' GPT, with the dataset's vocabulary, or, where it is random, GPT-2's."""
-    meta = None if is_random else load_meta(next(iter(parse_mix(settings["mix"],
+    meta = None if is_random else read_dataset_meta(next(iter(parse_mix(settings["mix"],
                                                                 settings["dataset"]))))
-    config = GPTConfig(vocab_size=train.padded(meta["vocab_size"] if meta else 50257),
-                       **{key: settings[key] for key in train.MODEL_KEYS})
+    config = train.model_config(train.pad_vocab_size(meta["vocab_size"] if meta else 50257),
+                                {key: settings[key] for key in train.MODEL_KEYS})
     return without_weights(config) if device == "meta" else GPT(config)
 
 
@@ -184,12 +184,12 @@ def time_steps(options, settings):
     if settings["fp8"]:
         use_fp8(model, runtime)
     if settings["activation_checkpointing"]:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     optimizer = train.make_optimizer(model, settings, runtime)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     wrapped = compile_model(runtime.wrap(model), settings["compile"], runtime)
     if runtime.device.type == "cuda":
-        runtime.say(pick_attention(model.config, settings["batch_size"], runtime))
+        runtime.print_main(pick_attention(model.config, settings["batch_size"], runtime))
 
     def iteration(number):
         """Return the seconds of (reading the batches, the whole iteration)."""
@@ -208,7 +208,7 @@ def time_steps(options, settings):
     runtime.close()
     seconds = statistics.median(whole for _, whole in times)
     tokens = micro_steps * runtime.world_size * settings["batch_size"] * settings["block_size"]
-    estimate = sum(memory_needed(model, settings["batch_size"], runtime.dtype,
+    estimate = sum(estimate_memory(model, settings["batch_size"], runtime.dtype,
                                  settings["activation_checkpointing"]))
     return {"ms": 1000 * seconds, "tokens_per_s": tokens / seconds,
             **mfu(model, tokens / seconds, runtime), "warmup_s": first,
@@ -239,7 +239,7 @@ def print_profile(iteration, first, trace, runtime):
         for number in range(3):
             iteration(first + number)
     key = f"self_{'cuda' if runtime.device.type == 'cuda' else 'cpu'}_time_total"
-    runtime.say(profiler.key_averages().table(sort_by=key, row_limit=15))
+    runtime.print_main(profiler.key_averages().table(sort_by=key, row_limit=15))
     if runtime.is_main:
         profiler.export_chrome_trace(trace)
         print(f"trace: {trace}")
@@ -250,7 +250,7 @@ def time_samples(options, settings):
     runtime = setup(settings["device"], settings["dtype"])
     tune_cpu(runtime.device)
     model = make_model(settings, True, "cpu").to(runtime.device).eval()
-    hold_in(model, runtime.dtype)
+    cast_weights(model, runtime.dtype)
     step = partial(next_tokens, model, model.config.vocab_size, 0.0, 0, 1.0, runtime)
     count, tokens = options["samples"], options["new_tokens"]
     generators = [torch.Generator() for _ in range(count)]
@@ -266,7 +266,7 @@ def time_samples(options, settings):
 
 
 def process(*command, cwd=ROOT, **environment):
-    """Return [(seconds since it began, line)] of what a Python process prints. Raises ValueError
+    """Return [(seconds since it began, line)] of what a Python process prints. Raises UserError
     with its last line where it fails."""
     began = time.perf_counter()
     with subprocess.Popen(
@@ -275,7 +275,7 @@ def process(*command, cwd=ROOT, **environment):
             env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}) as running:
         lines = [(time.perf_counter() - began, line.strip()) for line in running.stdout]
     if running.returncode:
-        raise ValueError(f"{command[0]} in {cwd} ended with exit code {running.returncode}: "
+        raise UserError(f"{command[0]} in {cwd} ended with exit code {running.returncode}: "
                          f"{lines[-1][1] if lines else ''}")
     return lines
 
@@ -312,7 +312,7 @@ def peer_flags(peer, settings, device):
     """Return what gives nanoGPT's train.py our settings; on a CPU those of its README."""
     dataset, micro_steps = settings["dataset"], train.split_batch(settings, 1)
     if not Path(peer, "data", dataset, "train.bin").is_file():
-        raise ValueError(f"{peer}/data/{dataset}/train.bin is missing; prepare it there")
+        raise UserError(f"{peer}/data/{dataset}/train.bin is missing; prepare it there")
     return [*(f"--{key}={settings[key]}" for key in PEER_KEYS), f"--dataset={dataset}",
             f"--gradient_accumulation_steps={micro_steps}", "--eval_iters=1", f"--device={device}",
             *(["--compile=False"] if device.type != "cuda" else [])]
@@ -360,7 +360,7 @@ def write_texts(source, megabytes, folder):
     """Write so much text as a .jsonl; return its path and its documents, 5,000 characters each."""
     path, size, documents = folder / "texts.jsonl", 0, 0
     if source and not Path(source).is_file():
-        raise ValueError(f"text={source!r}: no such file; give a .jsonl or .jsonl.gz")
+        raise UserError(f"text={source!r}: no such file; give a .jsonl or .jsonl.gz")
     if source:
         opened = gzip.open if source.endswith(".gz") else open
         with opened(source, "rt", encoding="utf-8") as file:

@@ -10,36 +10,60 @@ that begin with an underscore, and imported modules and functions, stay its own.
 import difflib
 import inspect
 import math
+import operator
 import re
 import runpy
 import sys
-import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
+
+
+class Bound(NamedTuple):
+    holds: Callable
+    words: str
+
+
+BOUNDS = {">=": Bound(operator.ge, "at least"), ">": Bound(operator.gt, "above"),
+          "<=": Bound(operator.le, "at most"), "<": Bound(operator.lt, "below")}
+
+
+class UserError(ValueError):
+    """A mistake of the user's: a value, a file or a machine that does not fit. Its text names the
+    value, the limit and the remedy. `run` prints it as one line; other exceptions are bugs, and
+    keep their traceback."""
 
 
 def run(main, base=None, more_defaults=None, argv=None):
-    """Call `main` with its settings. A user's mistake (a ValueError raised in files beside this one
-    or beside main's, or an OSError of the system) ends in one line and exit code 2, our own in a
-    traceback."""
+    """Call `main` with the settings of the command line (argv; None: sys.argv).
+
+    A user's mistake (a UserError, or an OSError of the system such as a full disk) ends in one line
+    and exit code 2; any other exception is a bug, and ends in a traceback.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
     try:
-        main(**configure(main, sys.argv[1:] if argv is None else argv, base, more_defaults))
+        main(**configure(main, argv, base, more_defaults))
     except (KeyboardInterrupt, BrokenPipeError):  # stopped by Ctrl-C, or by `| head`
         sys.exit(130)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and not error.errno:
+            raise
+        end_with_error(str(error))
     except (MemoryError, RuntimeError) as error:  # torch's two are RuntimeErrors
         if not re.search("MemoryError|OutOfMemory|can't allocate", f"{type(error)} {error}"):
             raise
-        print("error: out of memory; lower batch_size, block_size or the size of the model "
-              f"({' '.join(str(error).split())[:100]})", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        ours = {Path(file).resolve().parent for file in (__file__, main.__code__.co_filename)}
-        if not getattr(error, "errno", None) and not ours & set(raised_in.parents[:2]):
-            raise
-        print("error:", str(error).replace("\n", " "), file=sys.stderr, flush=True)
-        sys.exit(2)
+        reason = " ".join(str(error).split())[:100]
+        end_with_error("out of memory; lower batch_size, block_size or the size of the model "
+                       f"({reason})")
+
+
+def end_with_error(message):
+    """Print one line on standard error and end the process with exit code 2."""
+    print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def configure(main, argv, base=None, more_defaults=None):
@@ -47,7 +71,7 @@ def configure(main, argv, base=None, more_defaults=None):
 
     base: a second `main`, whose keys are accepted too where `main` takes **settings.
     more_defaults: a function of the settings; the values it returns go below those of argv.
-    Raises ValueError with the place, the key and its nearest neighbour.
+    Raises UserError with the place, the key and its nearest neighbour.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(main, base))
@@ -72,12 +96,12 @@ def overlay(argv, settings):
         elif arg.startswith("--") and "=" in arg:
             place, given = "command line", dict([arg[2:].split("=", 1)])
         else:
-            raise ValueError(f"{arg}: flags are --key=value without spaces; --help lists the keys")
+            raise UserError(f"{arg}: flags are --key=value without spaces; --help lists the keys")
         for key, value in given.items():
             if key not in settings:
                 near = difflib.get_close_matches(key, settings, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-                raise ValueError(f"{place}: unknown key {key!r}; {hint}")
+                raise UserError(f"{place}: unknown key {key!r}; {hint}")
             settings[key] = as_type_of(settings[key], value, f"{place}: {key}={value}")
     return settings
 
@@ -85,11 +109,11 @@ def overlay(argv, settings):
 def read_config(path, settings):
     """Run a config file with the settings so far in view; return the values it assigns."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such config file (flags are written --key=value)")
+        raise UserError(f"{path}: no such config file (flags are written --key=value)")
     try:
         names = runpy.run_path(path, init_globals=settings)
     except Exception as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     return {key: value for key, value in names.items() if settings.get(key, names) is not value
             and not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
 
@@ -106,7 +130,27 @@ def as_type_of(example, value, given):
         if kind in (int, float) and math.isfinite(number) and number == kind(number):
             return kind(number)
     wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise ValueError(f"{given}: not {wanted}")
+    raise UserError(f"{given}: not {wanted}")
+
+
+def check_settings(settings, limits):
+    """Raise UserError for the first setting that is outside its limits.
+
+    limits: {key: rule}. A rule is a tuple of the values to choose from, or text with one or two
+    bounds: ">= 1", or "> 0, <= 1". Keys that `settings` lacks are skipped.
+    """
+    for key, rule in limits.items():
+        value = settings.get(key)
+        if value is None:
+            continue
+        if isinstance(rule, tuple):
+            if value not in rule:
+                raise UserError(f"{key}={value!r}: choose {', '.join(map(repr, rule))}")
+            continue
+        bounds = [bound.split() for bound in rule.split(", ")]
+        if not all(BOUNDS[sign].holds(value, float(limit)) for sign, limit in bounds):
+            wanted = " and ".join(f"{BOUNDS[sign].words} {limit}" for sign, limit in bounds)
+            raise UserError(f"{key}={value}: must be {wanted}")
 
 
 def help_text(main, base=None):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from configurator import run
+from configurator import UserError, run
 from text.filters import check, need
 from text.pipeline import begin, executors, pipelines, tally
 
@@ -26,9 +26,9 @@ def main(
     check(settings)
     need("datatrove", "orjson")
     if not input or not output:
-        raise ValueError("say what to read and where to write: --input=FOLDER --output=FOLDER")
+        raise UserError("say what to read and where to write: --input=FOLDER --output=FOLDER")
     if tasks < 1 or workers < 1:
-        raise ValueError(f"tasks={tasks}, workers={workers}: must be at least 1")
+        raise UserError(f"tasks={tasks}, workers={workers}: must be at least 1")
     input, output, settings["url_blocklist"] = map(absolute, (input, output, url_blocklist))
     work = output.rstrip("/") + ".work"
     suffix = begin(input, output, work, settings | {"text_column": text_column, "tasks": tasks})
@@ -39,7 +39,7 @@ def main(
         executor.run()
         counts = tally(work)
         if not slurm and not counts["filters", "total"]:
-            raise ValueError(f"input={input!r}: no text in a column {text_column!r}; name another "
+            raise UserError(f"input={input!r}: no text in a column {text_column!r}; name another "
                              f"with --text_column=NAME, and remove {work}")
         if not slurm and not counts["filters", "forwarded"]:
             break  # there is nothing for the next stages to read

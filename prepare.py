@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import run
-from formats.files import load_json, write_aside
+from configurator import UserError, run
+from formats.files import read_json, write_atomically
 from formats.shards import ShardWriter, TokenReader, dataset_folder, read_header
 from text import corpus, dedup
 from text import filters as rules
@@ -74,19 +74,19 @@ def main(
     if ready_made:
         with lock(folder):
             return download_shards(dataset, folder, max_tokens, overwrite)
-    sieve = {"filters": filters, "url_blocklist": url_blocklist, "language": language,
+    filter_settings = {"filters": filters, "url_blocklist": url_blocklist, "language": language,
              "language_score": language_score, "dedup": dedup}
     check(val_fraction, shard_tokens, max_tokens, workers, bad_text)
-    rules.check(sieve)
+    rules.check(filter_settings)
     kind = tokenizer or ("gpt2" if on_hub else BUILT_IN.get(dataset, "bytes"))
     spec, source = tokenizer_of(kind, on_hub, vocab_size, split_pattern, bpe_characters)
-    more = rules.columns(sieve)
+    more = rules.columns(filter_settings)
     with lock(folder):
         text = Hub(dataset, text_column, more) if on_hub else Files(
             find_files(dataset, input, folder, suffixes), text_column, bad_text, more)
         source |= {"text_column": text_column, "bad_text": bad_text, "val_fraction": val_fraction,
                    "shard_tokens": shard_tokens, "files": text.fingerprint()}
-        source |= {key: value for key, value in (*sieve.items(), ("max_tokens", max_tokens))
+        source |= {key: value for key, value in (*filter_settings.items(), ("max_tokens", max_tokens))
                    if value and (key != "language_score" or language)}
         if url_blocklist:
             source["url_blocklist"] = hashlib.sha256(Path(url_blocklist).read_bytes()).hexdigest()
@@ -97,8 +97,8 @@ def main(
         if on_hub:
             text.connect()
         workers = workers or (1 if not on_hub and sum(text.sizes) < SMALL else cores())
-        notes = notes or begin(folder, text, spec, source, sieve, input or dataset, workers)
-        write_splits(folder, text, notes, sieve, workers)
+        notes = notes or begin(folder, text, spec, source, filter_settings, input or dataset, workers)
+        write_splits(folder, text, notes, filter_settings, workers)
 
 
 # ---------------------------------------------------------------------- before reading
@@ -107,14 +107,14 @@ def main(
 def check(val_fraction, shard_tokens, max_tokens, workers, bad_text):
     """Raise ValueError for settings that cannot be used."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+        raise UserError(f"val_fraction={val_fraction}: must be above 0 and below 1")
     if not 1 <= shard_tokens < 2**31:
-        raise ValueError(f"shard_tokens={shard_tokens}: must be at least 1 and below 2**31")
+        raise UserError(f"shard_tokens={shard_tokens}: must be at least 1 and below 2**31")
     for key, value in (("max_tokens", max_tokens), ("workers", workers)):
         if value < 0:
-            raise ValueError(f"{key}={value}: must be 0 or more")
+            raise UserError(f"{key}={value}: must be 0 or more")
     if bad_text not in ("stop", "skip", "replace"):
-        raise ValueError(f"bad_text={bad_text!r}: choose stop, skip or replace")
+        raise UserError(f"bad_text={bad_text!r}: choose stop, skip or replace")
 
 
 def tokenizer_of(kind, on_hub, vocab_size, split_pattern, bpe_characters):
@@ -122,7 +122,7 @@ def tokenizer_of(kind, on_hub, vocab_size, split_pattern, bpe_characters):
     if kind == "bpe":
         check_bpe(vocab_size, split_pattern)
         if bpe_characters < 1:
-            raise ValueError(f"bpe_characters={bpe_characters}: must be at least 1")
+            raise UserError(f"bpe_characters={bpe_characters}: must be at least 1")
         return None, {"tokenizer": kind, "vocab_size": vocab_size, "split_pattern": split_pattern,
                       "bpe_characters": bpe_characters}
     if kind.endswith(".json"):  # the same one elsewhere is the same
@@ -130,10 +130,10 @@ def tokenizer_of(kind, on_hub, vocab_size, split_pattern, bpe_characters):
         digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
         return spec, {"tokenizer": "tokenizer.json", "tokenizer_sha256": digest}
     if kind == "chars" and on_hub:
-        raise ValueError("tokenizer='chars' must read all of the text to know its characters, and "
+        raise UserError("tokenizer='chars' must read all of the text to know its characters, and "
                          "this is read once, from the hub; choose bytes, gpt2 or bpe")
     if kind not in ("bytes", "chars", "gpt2"):
-        raise ValueError(f"tokenizer={kind!r}: choose bytes, chars, gpt2, bpe or the path of a "
+        raise UserError(f"tokenizer={kind!r}: choose bytes, chars, gpt2, bpe or the path of a "
                          "tokenizer.json")
     return {"kind": kind}, {"tokenizer": kind}
 
@@ -153,12 +153,12 @@ def lock(folder):
             finally:
                 path.unlink(missing_ok=True)
     except Timeout as error:
-        raise ValueError(f"{folder}: another process is preparing it; wait for that, or choose "
+        raise UserError(f"{folder}: another process is preparing it; wait for that, or choose "
                          "another --dataset=NAME") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
-        raise ValueError(f"{folder}: {error.strerror}; make room and run the same command again, "
+        raise UserError(f"{folder}: {error.strerror}; make room and run the same command again, "
                          "it goes on") from error
     finally:
         with suppress(OSError):
@@ -168,7 +168,7 @@ def lock(folder):
 def earlier(folder, source, overwrite):
     """Return what an earlier preparation of the same left: its notes, "done", or None."""
     unfinished, meta_path = folder / "UNFINISHED", folder / "meta.json"
-    notes = load_json(unfinished) if unfinished.is_file() else {}
+    notes = read_json(unfinished) if unfinished.is_file() else {}
     if notes.get("state"):
         if notes["source"] == source:
             return notes
@@ -177,20 +177,20 @@ def earlier(folder, source, overwrite):
             other = ["other files" if key == "files" else f"{key}={old[key]!r}" if key in old
                      else f"no {key}" for key in {**old, **source}
                      if old.get(key) != source.get(key)]
-            raise ValueError(f"{folder}: a preparation with other settings ({', '.join(other)}) "
+            raise UserError(f"{folder}: a preparation with other settings ({', '.join(other)}) "
                              "was stopped half-way; finish it with those, or start over with "
                              "--overwrite=True")
     if unfinished.exists() or overwrite:
         return None
-    if meta_path.is_file() and load_json(meta_path).get("source") == source:
+    if meta_path.is_file() and read_json(meta_path).get("source") == source:
         return "done"
     if meta_path.is_file() or any(folder.glob("*.bin")):
-        raise ValueError(f"{folder} has token files of other text or other settings; replace them "
+        raise UserError(f"{folder} has token files of other text or other settings; replace them "
                          "with --overwrite=True, or choose another --dataset=NAME")
     return None
 
 
-def begin(folder, text, spec, source, sieve, name, workers):
+def begin(folder, text, spec, source, filter_settings, name, workers):
     """Read the text as far as its split and its tokenizer need it; make the folder ready; return
     the notes with which `write_splits` begins."""
     kind = source["tokenizer"]
@@ -198,20 +198,20 @@ def begin(folder, text, spec, source, sieve, name, workers):
     facts = {"by": "first file", "documents": 2} if isinstance(text, Hub) else survey(
         text, source["val_fraction"], kind)
     if not facts["documents"]:
-        raise ValueError(f"{name}: there is no text in its {len(text.paths)} file(s)")
-    chooses = {key for key in sieve if sieve[key] and key != "language_score"}
+        raise UserError(f"{name}: there is no text in its {len(text.paths)} file(s)")
+    chooses = {key for key in filter_settings if filter_settings[key] and key != "language_score"}
     if facts["documents"] < 2 and chooses and (
-            chooses != {"filters"} or sieve["filters"] != "pii"):
-        raise ValueError(f"{name}: a single text, and --{chooses.pop()} chooses among documents; "
+            chooses != {"filters"} or filter_settings["filters"] != "pii"):
+        raise UserError(f"{name}: a single text, and --{chooses.pop()} chooses among documents; "
                          "give a folder or a .jsonl")
     if kind == "chars":
         written = {"c4": ["\n"], "pii": [*rules.EMAILS, *rules.IPS]}  # by filters
         alphabet = set(facts.pop("alphabet")).union(*(
-            added for name in sieve["filters"].split() for added in written.get(name, ())))
+            added for name in filter_settings["filters"].split() for added in written.get(name, ())))
         spec = {"kind": kind, "alphabet": "".join(sorted(alphabet)),
                 "documents": facts["documents"] > 1}
     if kind == "bpe":
-        spec = learn(text, facts, source, sieve, workers)
+        spec = learn(text, facts, source, filter_settings, workers)
     clear(folder)
     Tokenizer(spec).save(folder)
     return {"source": source, "facts": facts, "state": None}
@@ -224,7 +224,7 @@ def cores():
 
 def clear(folder):
     """Remove an earlier dataset of ours; others' files stay."""
-    write_aside(folder / "UNFINISHED", "{}\n")  # while it is there, the folder is not a dataset
+    write_atomically(folder / "UNFINISHED", "{}\n")  # while it is there, the folder is not a dataset
     for old in list(folder.iterdir()):
         if re.fullmatch(r"(meta|tokenizer)\.json|removed\.jsonl|seen\.tmp"
                         r"|(train|val)_\d+\.(bin|mask|tmp|bin\.tmp|mask\.tmp)", old.name):
@@ -235,12 +235,12 @@ def download_shards(dataset, folder, max_tokens, overwrite):
     """Fetch ready-made token files from Hugging Face's hub, the validation file first.
 
     meta.json says at once which files there will be, so that training can begin with the first and
-    takes the later ones as they land. A file that is there is not fetched again. Raises ValueError
+    takes the later ones as they land. A file that is there is not fetched again. Raises UserError
     for a dataset that has none, or when offline.
     """
-    meta = load_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
+    meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
     if not overwrite and ((folder / "UNFINISHED").exists() or meta and "ready_made" not in meta):
-        raise ValueError(f"{folder} has token files of other text; replace them with "
+        raise UserError(f"{folder} has token files of other text; replace them with "
                          "--overwrite=True")
     if overwrite or "ready_made" not in meta or meta["ready_made"]["max_tokens"] != max_tokens:
         name, commit, files = corpus.ready_made(dataset)
@@ -260,7 +260,7 @@ def download_shards(dataset, folder, max_tokens, overwrite):
         if overwrite:
             clear(folder)
             (folder / "UNFINISHED").unlink()
-        write_aside(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+        write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     for split in ("val", "train"):
         for shard in meta["splits"][split]["shards"]:
             path = folder / shard["file"]
@@ -269,13 +269,13 @@ def download_shards(dataset, folder, max_tokens, overwrite):
                              shard["file"], folder)
             *_, count = read_header(path)
             if count != shard["tokens"]:
-                raise ValueError(f"{path}: has {count:,} tokens and should have "
+                raise UserError(f"{path}: has {count:,} tokens and should have "
                                  f"{shard['tokens']:,}; remove it and run the same command again")
             print(f"{path}: {count:,} tokens", flush=True)
     print(f"{folder}: {meta['splits']['train']['tokens']:,} tokens for training")
 
 
-def write_splits(folder, text, notes, sieve, workers):
+def write_splits(folder, text, notes, filter_settings, workers):
     """Tokenize the text into both splits' files, from where the notes say on; write and return
     meta.json."""
     facts, source, state = notes["facts"], notes["source"], notes["state"] or {}
@@ -286,7 +286,7 @@ def write_splits(folder, text, notes, sieve, workers):
         writers = {split: stack.enter_context(ShardWriter(
             folder, split, tokenizer.vocab_size, source["shard_tokens"], state.get(split)))
             for split in ("train", "val")}
-        removed = dedup.Removed(folder, sieve, state.get("removed"))
+        removed = dedup.Removed(folder, filter_settings, state.get("removed"))
         stack.callback(removed.close)
         place, dropped = state.get("place"), state.get("dropped", False)
         if state:
@@ -296,13 +296,13 @@ def write_splits(folder, text, notes, sieve, workers):
         def note():
             made = {split: writer.state() for split, writer in writers.items()}
             now = {**made, "removed": removed.state(), "place": place, "dropped": dropped}
-            write_aside(folder / "UNFINISHED", json.dumps(notes | {"state": now}) + "\n")
+            write_atomically(folder / "UNFINISHED", json.dumps(notes | {"state": now}) + "\n")
             for writer in writers.values():
                 writer.publish()
 
         show = progress(text, "tokenizing", removed, writers, limits["train"])
         results = encoded(units(text, facts, source["val_fraction"], place), tokenizer.spec,
-                          sieve, workers)
+                          filter_settings, workers)
         stack.callback(results.close)
         noted, finished = time.monotonic(), sum(len(w.shards) for w in writers.values())
         for unit, place, result in results:  # noqa: B007 (note reads it)
@@ -325,7 +325,7 @@ def write_splits(folder, text, notes, sieve, workers):
         if empty := [split for split, info in splits.items() if not info["tokens"]]:
             clear(folder)
             (folder / "UNFINISHED").unlink()
-            raise ValueError(f"{folder}: no tokens are left for the {empty[0]} split "
+            raise UserError(f"{folder}: no tokens are left for the {empty[0]} split "
                              f"({removed.read:,} documents, {removed.counts.total():,} removed"
                              + (f", most for {removed.counts.most_common(1)[0][0]!r}" if
                                 removed.counts else "") + "); "
@@ -339,7 +339,7 @@ def write_splits(folder, text, notes, sieve, workers):
         say_removed(removed, folder)
     if tokenizer.kind == "bpe":
         meta["compared"] = compare(folder / splits["val"]["shards"][0]["file"], tokenizer)
-    write_aside(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     (folder / "seen.tmp").unlink(missing_ok=True)
     (folder / "UNFINISHED").unlink()
     for split, info in splits.items():
@@ -410,7 +410,7 @@ def show_dataset(dataset, count):
     landed = next((first for first, path in zip(reader.firsts, reader.paths, strict=True)
                    if not path.is_file()), reader.tokens)
     if not landed:
-        raise ValueError(f"{reader.paths[0]}: is not there yet; look again when it is")
+        raise UserError(f"{reader.paths[0]}: is not there yet; look again when it is")
     length = min(4096, landed)
     places = np.linspace(0, landed - length, 256).astype(np.int64)
     counts = np.bincount(reader.rows(places, length).ravel(), minlength=tokenizer.vocab_size)

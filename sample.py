@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import run
+from configurator import UserError, run
 from formats.checkpoint import find_checkpoint, load_model
-from inference.generate import generate, hold_in, next_tokens
+from inference.generate import cast_weights, generate, next_tokens
 from runtime.cpu import tune_cpu
 from runtime.kernels import compile_model
 from runtime.processes import setup
@@ -42,13 +42,13 @@ def main(
     for key, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens),
                        ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{key}={value}: must be 1 or more")
+            raise UserError(f"{key}={value}: must be 1 or more")
     if temperature < 0 or top_k < 0:
-        raise ValueError(f"temperature={temperature}, top_k={top_k}: neither may be below 0")
+        raise UserError(f"temperature={temperature}, top_k={top_k}: neither may be below 0")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
+        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
     if checkpoint not in ("best", "latest"):
-        raise ValueError(f"checkpoint={checkpoint!r}: choose best or latest; for another one give "
+        raise UserError(f"checkpoint={checkpoint!r}: choose best or latest; for another one give "
                          "its folder with --init_from=")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     runtime = setup(device, dtype)
@@ -65,8 +65,8 @@ def main(
         model, tokenizer = load_gpt2(init_from), Tokenizer(gpt2_spec())
     ids = tokenizer.encode_prompt(prompt) or [tokenizer.eot]
     if ids == [None]:
-        raise ValueError("start='': this model has no token to begin with; give it some text")
-    hold_in(model.to(runtime.device).eval(), runtime.dtype)
+        raise UserError("start='': this model has no token to begin with; give it some text")
+    cast_weights(model.to(runtime.device).eval(), runtime.dtype)
     step = partial(next_tokens, model, tokenizer.vocab_size, temperature, top_k, top_p, runtime)
     fixed_step = None
     if compile_model(step, compile, runtime) is not step:
@@ -87,7 +87,7 @@ def read_prompt(start):
             return TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
         return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"start={start!r}: cannot be read as UTF-8 text "
+        raise UserError(f"start={start!r}: cannot be read as UTF-8 text "
                          f"({getattr(error, 'strerror', None) or error})") from error
 
 
@@ -96,7 +96,7 @@ def newest_run(folder):
     pointers = [folder / "latest", *folder.glob("*/latest")]
     pointers = sorted((p for p in pointers if p.is_file()), key=lambda p: p.stat().st_mtime)
     if not pointers:
-        raise ValueError(f"{folder}/ holds no run yet; train one with python train.py, or name a "
+        raise UserError(f"{folder}/ holds no run yet; train one with python train.py, or name a "
                          "run's folder with --out_dir=")
     return pointers[-1].parent
 

@@ -18,24 +18,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import as_type_of, run
+from configurator import UserError, as_type_of, run
 from formats.checkpoint import (
     Checkpoints,
     NoFirstWeights,
     find_checkpoint,
-    last_whole,
+    list_checkpoints,
     load_model,
     load_trainer,
+    newest_intact_checkpoint,
     read_meta,
-    saved,
     verify,
 )
 from model import GPT, IGNORE, GPTConfig
 from runtime.cpu import tune_cpu
 from runtime.device import describe
 from runtime.kernels import compile_model, pick_attention, use_fp8
-from runtime.memory import memory_needed, memory_there, recompute_blocks
-from runtime.processes import setup, whole
+from runtime.memory import available_memory, checkpoint_activations, estimate_memory
+from runtime.processes import full_tensor, setup
 from runtime.seeds import seed_for
 from runtime.signals import Signals
 from text.tokenizer import Tokenizer, gpt2_spec, load_tokenizer
@@ -135,7 +135,7 @@ def main(
     for reader in (*train_data.readers.values(), *val_data.readers.values()):
         reader.verify()
     run_dir = run_folder(config)
-    place, news = last_whole(run_dir) if resumes else (None, [])
+    place, news = newest_intact_checkpoint(run_dir) if resumes else (None, [])
     model, tokenizer, before = make_model(config, place)
     follow_documents(config, train_data, model, tokenizer)
     if before and not eval_only:
@@ -143,7 +143,7 @@ def main(
     if fp8:
         use_fp8(model, runtime)
     if activation_checkpointing:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     wrapped = compile_model(runtime.wrap(model, fsdp), compile, runtime)
     optimizer = make_optimizer(model, config, runtime)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -157,7 +157,7 @@ def main(
     record = open_run(run_dir, config, before, runtime)
     checkpoints = Checkpoints(run_dir, model, tokenizer, optimizer, scaler, keep_checkpoints,
                               async_checkpoint, runtime)
-    runtime.say("\n".join([
+    runtime.print_main("\n".join([
         describe(runtime), *kernels, f"model: {model.parameter_count():,} parameters, vocabulary "
         f"{model.config.vocab_size:,}", memory_line(model, config, runtime),
         f"data: {train_data.folder}, {train_data.tokens:,} tokens, {tokens_per_iter:,} per "
@@ -167,12 +167,12 @@ def main(
     saved_at, evaluated, batches, fault = iter_num, "val_loss" in before, None, None
     log = Log(record, model, config, tokens_per_iter, before, run_dir, runtime)
     if before and (iter_num >= max_iters or log.used() >= 1) and not eval_only:
-        runtime.say(f"{run_dir} is already at its end, iteration {iter_num}; raise "
+        runtime.print_main(f"{run_dir} is already at its end, iteration {iter_num}; raise "
                     "--max_iters, --max_tokens or --max_minutes, which it has, to go on")
     with Signals() as signals, checkpoints, runtime:
         while True:
             # the same on all processes: what stops the run, and how much of its minutes is used
-            wish, used = runtime.agree(DATA_FAULT if fault else signals.wish, log.used())
+            wish, used = runtime.all_max(DATA_FAULT if fault else signals.wish, log.used())
             last, row = iter_num >= max_iters or used >= 1, None
             if eval_only or not evaluated and wish != DATA_FAULT and (
                     last or iter_num % eval_interval == 0):
@@ -224,43 +224,43 @@ def check(config):
     for key in ("max_bad_steps", "eval_interval", "eval_iters", "log_interval", "keep_checkpoints",
                 "batch_size", "block_size", "gradient_accumulation_steps"):
         if config[key] < 1:
-            raise ValueError(f"{key}={config[key]}: must be 1 or more")
+            raise UserError(f"{key}={config[key]}: must be 1 or more")
     for key in ("max_iters", "max_tokens", "max_minutes", "total_batch_size", "learning_rate",
                 "min_lr", "weight_decay", "grad_clip", "warmup_iters", "muon_lr", "embed_lr"):
         if config[key] < 0:
-            raise ValueError(f"{key}={config[key]}: must be 0 or more")
+            raise UserError(f"{key}={config[key]}: must be 0 or more")
     if not 0 < config["decay_share"] <= 1:
-        raise ValueError(f"decay_share={config['decay_share']}: must be above 0 and at most 1")
+        raise UserError(f"decay_share={config['decay_share']}: must be above 0 and at most 1")
     for key, choices in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
         if config[key] not in choices:
-            raise ValueError(f"{key}={config[key]!r}: choose {' or '.join(choices)}")
+            raise UserError(f"{key}={config[key]!r}: choose {' or '.join(choices)}")
     if config["fsdp"] and config["dtype"] == "float16":
-        raise ValueError("fsdp=True with dtype='float16': the scaler of gradients works on whole "
+        raise UserError("fsdp=True with dtype='float16': the scaler of gradients works on whole "
                          "ones only; use --dtype=bfloat16 or float32")
     if config["fsdp"] and config["fp8"]:
-        raise ValueError("fsdp=True with fp8=True: not written yet; leave one of them out")
+        raise UserError("fsdp=True with fp8=True: not written yet; leave one of them out")
     for key in ("beta1", "beta2"):
         if not 0 <= config[key] < 1:
-            raise ValueError(f"{key}={config[key]}: must be at least 0 and below 1")
+            raise UserError(f"{key}={config[key]}: must be at least 0 and below 1")
 
 
 def split_batch(config, world_size):
     """Return the micro-steps of one iteration on each device.
 
     total_batch_size gives the tokens of an iteration; where it is 0, gradient_accumulation_steps
-    gives its micro-steps over all devices. Raises ValueError with the nearest that divides.
+    gives its micro-steps over all devices. Raises UserError with the nearest that divides.
     """
     unit = config["batch_size"] * config["block_size"] * world_size
     total, steps = config["total_batch_size"], config["gradient_accumulation_steps"]
     if total and total % unit:
         near = max(1, round(total / unit)) * unit
-        raise ValueError(
+        raise UserError(
             f"total_batch_size={total:,} is not a multiple of batch_size * block_size * processes "
             f"= {config['batch_size']} * {config['block_size']} * {world_size} = {unit:,}; "
             f"the nearest is {near}")
     if not total and steps % world_size:
         near = max(1, round(steps / world_size)) * world_size
-        raise ValueError(f"gradient_accumulation_steps={steps} is shared out over {world_size} "
+        raise UserError(f"gradient_accumulation_steps={steps} is shared out over {world_size} "
                          f"processes and must be a multiple of them; the nearest is {near}")
     return total // unit if total else steps // world_size
 
@@ -270,7 +270,7 @@ def run_folder(config):
     return Path(config["out_dir"] or Path("out", "+".join(names)))
 
 
-def names_gpt2(init_from):
+def is_gpt2_name(init_from):
     """Is it one of OpenAI's models, and not a folder with such a name?"""
     return init_from.startswith("gpt2") and not Path(init_from).is_dir()
 
@@ -281,7 +281,7 @@ def resolve(config):
     if config["init_from"] != "auto":
         return config
     run_dir = run_folder(config)
-    begun = (run_dir / "latest").is_file() or bool(saved(run_dir))
+    begun = (run_dir / "latest").is_file() or bool(list_checkpoints(run_dir))
     return {**config, "init_from": "resume" if begun else "scratch"}
 
 
@@ -292,11 +292,11 @@ def checkpoint_defaults(settings):
     """
     init_from = resolve(settings)["init_from"]
     if init_from == "resume":
-        place, _ = last_whole(run_folder(settings))
+        place, _ = newest_intact_checkpoint(run_folder(settings))
         return {key: as_type_of(settings[key], value, f"{place}: {key}={value}")
                 for key, value in read_meta(place).get("config", {}).items()
                 if key in settings and key not in NOT_RESUMED}
-    if names_gpt2(init_from):
+    if is_gpt2_name(init_from):
         from formats.huggingface import gpt2_sizes
 
         return gpt2_sizes(init_from)
@@ -308,20 +308,28 @@ def checkpoint_defaults(settings):
     return {}
 
 
+def model_config(vocab_size, sizes):
+    """Return the GPTConfig; sizes that do not fit together are the user's mistake."""
+    try:
+        return GPTConfig(vocab_size=vocab_size, **sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def make_model(config, place):
     """Return (model on the CPU, its tokenizer, meta.json of the checkpoint that is resumed or {}).
     place: that checkpoint, or None.
 
-    Raises ValueError where the checkpoint has another size or another vocabulary than the run.
+    Raises UserError where the checkpoint has another size or another vocabulary than the run.
     """
     tokenizer, before = load_tokenizer(*parse_mix(config["mix"], config["dataset"])), {}
     init_from, sizes = config["init_from"], {key: config[key] for key in MODEL_KEYS}
     if init_from == "scratch":
         with NoFirstWeights():  # torch's own are not drawn, ours replace them
-            model = GPT(GPTConfig(vocab_size=padded(tokenizer.vocab_size), **sizes))
+            model = GPT(model_config(pad_vocab_size(tokenizer.vocab_size), sizes))
         model.init_weights(torch.Generator().manual_seed(seed_for(config["seed"], "init")))
         return model, tokenizer, before
-    if names_gpt2(init_from):
+    if is_gpt2_name(init_from):
         from formats.huggingface import load_gpt2
 
         model, its_tokenizer = load_gpt2(init_from, config["dropout"]), Tokenizer(gpt2_spec())
@@ -331,7 +339,7 @@ def make_model(config, place):
         place = place or verify(find_checkpoint(init_from, "best"))
         model, its_tokenizer = load_model(place, config["dropout"]), Tokenizer.load(place)
     if its_tokenizer.spec != tokenizer.spec:
-        raise ValueError(
+        raise UserError(
             f"{place} was trained with the tokenizer {its_tokenizer.kind} "
             f"({its_tokenizer.vocab_size:,} tokens), "
             f"{config['mix'] or config['dataset']} is prepared with another, "
@@ -340,7 +348,7 @@ def make_model(config, place):
         has = getattr(model.config, key)
         crop = key == "block_size" and value < has and init_from != "resume"
         if value != has and key != "dropout" and not crop:
-            raise ValueError(f"{key}={value}, but {place} has {key}={has}; leave {key} out, or "
+            raise UserError(f"{key}={value}, but {place} has {key}={has}; leave {key} out, or "
                              "start from scratch")
     if config["block_size"] < model.config.block_size:
         model.crop_block_size(config["block_size"])
@@ -349,10 +357,10 @@ def make_model(config, place):
 
 def follow_documents(config, data, model, tokenizer):
     """Tell the training data and the model by which token documents begin, where the settings want
-    that. Raises ValueError where the tokenizer has none."""
+    that. Raises UserError where the tokenizer has none."""
     for key, part in (("align_documents", data), ("mask_documents", model)):
         if config[key] and tokenizer.eot is None:
-            raise ValueError(f"{key}=True: {config['mix'] or config['dataset']} has no end-of-text "
+            raise UserError(f"{key}=True: {config['mix'] or config['dataset']} has no end-of-text "
                              f"token, its text is one document; leave {key} out, or prepare "
                              "several documents, or with --tokenizer=bytes")
         part.document_start = tokenizer.eot if config[key] else None
@@ -360,10 +368,10 @@ def follow_documents(config, data, model, tokenizer):
 
 def memory_line(model, config, runtime):
     """Return what the run needs and what there is, in a line. An estimate refuses nothing."""
-    state, kept = memory_needed(model, config["batch_size"], runtime.dtype,
+    state, kept = estimate_memory(model, config["batch_size"], runtime.dtype,
                                 config["activation_checkpointing"])
     state /= runtime.world_size if config["fsdp"] else 1
-    there = memory_there(runtime.device)
+    there = available_memory(runtime.device)
     tight = there is not None and state + kept > there
     return (f"memory: about {(state + kept) / 1e9:.2f} GB ({state / 1e9:.2f} weights, gradients "
             f"and optimizer, {kept / 1e9:.2f} activations)"
@@ -380,7 +388,7 @@ def make_optimizer(model, config, runtime):
     return muon_and_adamw(*common, config["muon_lr"], config["embed_lr"], runtime.dtype)
 
 
-def padded(vocab_size):
+def pad_vocab_size(vocab_size):
     """Round a large vocabulary up to a multiple of 128, which matrix units multiply faster."""
     return vocab_size if vocab_size < 1024 else -(-vocab_size // 128) * 128
 
@@ -399,12 +407,12 @@ def read(function, *args):
 
 def obey(wish, fault, signals, run_dir, iter_num, runtime):
     """Do what a signal wishes, or end because of a fault of the data, once it is saved."""
-    runtime.agree(0)  # no process leaves while the main one is still writing
+    runtime.all_max(0)  # no process leaves while the main one is still writing
     go_on = f"go on with --init_from=resume --out_dir={run_dir}" if iter_num else "nothing to save"
     if wish == DATA_FAULT:
         why = fault or OTHER_PROCESS
-        raise ValueError(f"{why} (stopped at iteration {iter_num}: {go_on})") from fault
-    runtime.say(f"{signal.Signals(wish).name}: saved at iteration {iter_num}"
+        raise UserError(f"{why} (stopped at iteration {iter_num}: {go_on})") from fault
+    runtime.print_main(f"{signal.Signals(wish).name}: saved at iteration {iter_num}"
                 + (f"; {go_on}" if wish in signals.STOP else ""))
     if wish in signals.STOP:
         sys.exit(128 + wish)
@@ -414,7 +422,7 @@ def obey(wish, fault, signals, run_dir, iter_num, runtime):
 def fit_memory(model, optimizer, config, micro_steps, runtime):
     """Try a micro-step beside room for the optimizer's state; while it is too large for a process's
     device, divide batch_size by its smallest factor, 2 where it is even. Return so many times more
-    micro-steps: the iterations stay the same. Raises ValueError where one sequence is too much."""
+    micro-steps: the iterations stay the same. Raises UserError where one sequence is too much."""
     state = 0 if optimizer.state else 8 * sum(p.numel() for p in model.parameters())
     while True:
         size, full, room = config["batch_size"], False, None
@@ -429,14 +437,14 @@ def fit_memory(model, optimizer, config, micro_steps, runtime):
         del room
         optimizer.zero_grad()
         torch.cuda.empty_cache()
-        if not runtime.agree(full)[0]:
+        if not runtime.all_max(full)[0]:
             return micro_steps
         if size == 1:
-            raise ValueError(f"out of memory with batch_size=1, block_size={config['block_size']}: "
+            raise UserError(f"out of memory with batch_size=1, block_size={config['block_size']}: "
                              "lower block_size, n_layer or n_embd")
         factor = next(n for n in range(2, size + 1) if size % n == 0)
         config["batch_size"] = size // factor
-        runtime.say(f"out of memory with batch_size={size}: going on with {size // factor}, and "
+        runtime.print_main(f"out of memory with batch_size={size}: going on with {size // factor}, and "
                     f"{micro_steps * factor} micro-steps instead of {micro_steps}: the same "
                     "iterations")
         micro_steps *= factor
@@ -462,7 +470,7 @@ def to_device(data, rows, mask, config, runtime):
     """Return (2, n, T) int64 on the device, tokens and targets, of rows (n, T + 1) and their mask:
     targets that it does not count are IGNORE."""
     if rows.max() >= config.vocab_size:
-        raise ValueError(f"{data.folder} has token {rows.max()}, the model's vocabulary has "
+        raise UserError(f"{data.folder} has token {rows.max()}, the model's vocabulary has "
                          f"{config.vocab_size}; prepare the dataset again")
     pair = np.stack([rows[:, :-1], rows[:, 1:]])
     if mask is not None:
@@ -491,7 +499,7 @@ def train_step(model, optimizer, scaler, batches, grad_clip, runtime):
             scaler.scale(share * runtime.world_size).backward()
         loss += share.detach()
     scaler.unscale_(optimizer)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
     loss = runtime.sum(loss)  # so that all processes skip the same updates
     if scaler.is_enabled():
         scaler.step(optimizer)
@@ -544,12 +552,12 @@ def evaluate(model, config, data, sequences, batch_size, runtime):
             losses = model(tokens, targets)
         sums.append(torch.stack([losses.sum(), (targets != IGNORE).sum()]))
     model.train()
-    if runtime.agree(bool(fault))[0]:
-        raise fault or ValueError(OTHER_PROCESS)
+    if runtime.all_max(bool(fault))[0]:
+        raise fault or UserError(OTHER_PROCESS)
     sums = torch.stack(sums).cpu().double().sum(0)  # waits for the device, once
     total, count = runtime.sum(sums.to(runtime.device) if runtime.world_size > 1 else sums).tolist()
     if not count:
-        raise ValueError(f"{data.folder}: its mask leaves no target in the {len(starts)} sequences "
+        raise UserError(f"{data.folder}: its mask leaves no target in the {len(starts)} sequences "
                          f"of an evaluation; raise --eval_iters, or prepare the dataset again")
     return total / count
 

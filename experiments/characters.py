@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from configurator import run  # noqa: E402
+from configurator import UserError, run  # noqa: E402
 
 NANOGPT_BEST = 1750  # iterations to its best loss, 1.47 to 1.48 (its README; its issue 211)
 SIZES = {"small": ["--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=64",
@@ -41,9 +41,9 @@ def main(
     out_dir="out/characters",  # of our last run
 ):
     if size not in SIZES:
-        raise ValueError(f"size={size!r}: choose {' or '.join(SIZES)}")
+        raise UserError(f"size={size!r}: choose {' or '.join(SIZES)}")
     if not (Path(compare) / "train.py").is_file():
-        raise ValueError(f"compare={compare!r}: no train.py there; name a checkout of nanoGPT")
+        raise UserError(f"compare={compare!r}: no train.py there; name a checkout of nanoGPT")
     large = size == "large"
     limit = [f"--max_iters={iterations}", "--eval_interval=100000"] if large else []
     commands = {
@@ -81,7 +81,7 @@ def timed(folder, flags):
         done = subprocess.run([sys.executable, "train.py", *flags], cwd=folder, text=True,
                               capture_output=True)
         if done.returncode:
-            raise ValueError(f"{folder}: train.py ended with {done.returncode}: "
+            raise UserError(f"{folder}: train.py ended with {done.returncode}: "
                              f"{done.stderr.strip()[-300:]}")
         return time.perf_counter() - began, done.stdout
 

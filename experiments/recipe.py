@@ -134,7 +134,7 @@ def train(out_dir, name, settings, environ):
     folder, patch = out_dir / name, settings.get("patch")
     folder.mkdir(parents=True, exist_ok=True)
     script = ["train.py"] if not patch else [
-        "-c", f"import optim\n{patch}\nimport train, configurator\n"
+        "-c", f"from training import optim\n{patch}\nimport train, configurator\n"
         "configurator.run(train.main, more_defaults=train.checkpoint_defaults)"]
     flags = {**settings, "dataset": out_dir / "data", "out_dir": folder, "init_from": "auto"}
     with open(folder / "log.txt", "a") as log:

@@ -23,9 +23,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from formats.files import flush, hash_of, load_json, write_aside, writing
+from configurator import UserError
+from formats.files import flush_to_disk, hash_file, naming_write_errors, read_json, write_atomically
 from model import GPT, GPTConfig
-from runtime.processes import whole
+from runtime.processes import full_tensor
 
 SUMS = "SHA256SUMS"
 
@@ -51,7 +52,7 @@ class Checkpoints:
 
     def save(self, meta, is_best):
         """Write a checkpoint. All processes call it, for each gives its part of a sharded model;
-        the main one writes. Raises ValueError where it, or the one before it in the background,
+        the main one writes. Raises UserError where it, or the one before it in the background,
         cannot be written."""
         self.wait()
         state = {name: self.on_host(part.state_dict(), name) for name, part in
@@ -80,7 +81,7 @@ class Checkpoints:
             return [self.on_host(part, (place, i)) for i, part in enumerate(value)]
         if not isinstance(value, torch.Tensor):
             return value
-        value = whole(value.detach())
+        value = full_tensor(value.detach())
         if not self.runtime.is_main:
             return None
         if not self.thread:
@@ -94,41 +95,41 @@ class Checkpoints:
 def write_checkpoint(run_dir, tokenizer, keep, state, meta, is_best):
     """Write a checkpoint aside, rename it, point `latest` (and `best`) at it, drop old ones.
 
-    Raises ValueError where it cannot be written: the one before is intact.
+    Raises UserError where it cannot be written: the one before is intact.
     """
     folder = run_dir / f"iter_{meta['iter_num']:06d}"
     aside, replaced = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        with writing(folder, "the checkpoints before it are as they were; make room, then go on "
+        with naming_write_errors(folder, "the checkpoints before it are as they were; make room, then go on "
                              "with --init_from=resume"):
             aside.mkdir()
             save_weights(state["model"], aside)
             torch.save({"optimizer": state["optimizer"], "scaler": state["scaler"]},
                        aside / "trainer.pt")
             tokenizer.save(aside)
-            write_aside(aside / "meta.json", json.dumps(meta, indent=1) + "\n")
+            write_atomically(aside / "meta.json", json.dumps(meta, indent=1) + "\n")
             files = sorted(aside.iterdir())
-            write_aside(aside / SUMS, "".join(f"{hash_of(p)}  {p.name}\n" for p in files))
+            write_atomically(aside / SUMS, "".join(f"{hash_file(p)}  {p.name}\n" for p in files))
             for path in (*files, aside, run_dir / "metrics.jsonl"):
-                flush(path)
+                flush_to_disk(path)
             if folder.exists():  # left by a kill before `latest` named it, or damaged
                 os.replace(folder, replaced)
             os.replace(aside, folder)
-            flush(run_dir)
+            flush_to_disk(run_dir)
             for pointer in ("latest", "best") if is_best else ("latest",):
-                write_aside(run_dir / pointer, folder.name + "\n")
-            flush(run_dir)
+                write_atomically(run_dir / pointer, folder.name + "\n")
+            flush_to_disk(run_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     best = run_dir / "best"  # not there while every validation loss was NaN
     kept = {folder.name, best.read_text("utf-8", "replace").strip() if best.is_file() else ""}
-    for old in [*saved(run_dir)[:-keep], *run_dir.glob("iter_*.old"), *run_dir.glob("iter_*.tmp")]:
+    for old in [*list_checkpoints(run_dir)[:-keep], *run_dir.glob("iter_*.old"), *run_dir.glob("iter_*.tmp")]:
         if old.name not in kept:
             shutil.rmtree(old)
 
 
-def saved(run_dir):
+def list_checkpoints(run_dir):
     """Return a run's checkpoint folders, the newest last."""
     found = [path for path in run_dir.glob("iter_*") if re.fullmatch("[0-9]+", path.name[5:])]
     return sorted(found, key=lambda path: int(path.name[5:]))
@@ -146,12 +147,12 @@ def git_commit():
 # ---------------------------------------------------------------------- finding one, loading it
 
 
-def last_whole(run_dir):
+def newest_intact_checkpoint(run_dir):
     """Return (the newest whole checkpoint that `latest` does not come before, one line per damaged
-    one that was passed over). Raises ValueError where there is none."""
+    one that was passed over). Raises UserError where there is none."""
     if (run_dir / "model.safetensors").is_file():  # a checkpoint's own folder: that one or none
         return verify(run_dir), []
-    passed, folders = [], saved(run_dir)
+    passed, folders = [], list_checkpoints(run_dir)
     try:
         newest = find_checkpoint(run_dir)
         folders = folders[:folders.index(newest) + 1] if newest in folders else [newest]
@@ -164,12 +165,12 @@ def last_whole(run_dir):
             return verify(folder), [f"{why}; going on from {folder.name}" for why in passed]
         except ValueError as error:
             passed.append(str(error))
-    raise ValueError(f"{'; '.join(passed)}: no checkpoint before it is whole; start again with "
+    raise UserError(f"{'; '.join(passed)}: no checkpoint before it is whole; start again with "
                      "--init_from=scratch")
 
 
 def verify(folder):
-    """Return the checkpoint's folder. Raises ValueError where a file is missing or another than
+    """Return the checkpoint's folder. Raises UserError where a file is missing or another than
     the one that was saved. Folders without SHA256SUMS (those of
     convert.py) are checked as they are loaded."""
     sums = folder / SUMS
@@ -177,16 +178,16 @@ def verify(folder):
         wanted, _, name = line.partition("  ")
         path = folder / (Path(name).name or "?")
         if not path.is_file():
-            raise ValueError(f"{folder} is damaged: {path.name} is missing")
-        if hash_of(path) != wanted:
-            raise ValueError(f"{folder} is damaged: {path.name} is not the one that was saved")
+            raise UserError(f"{folder} is damaged: {path.name} is missing")
+        if hash_file(path) != wanted:
+            raise UserError(f"{folder} is damaged: {path.name} is not the one that was saved")
     read_meta(folder)
     return folder
 
 
 def read_meta(folder):
-    """Return a checkpoint's meta.json. Raises ValueError where it is not one that we write."""
-    meta = load_json(folder / "meta.json")
+    """Return a checkpoint's meta.json. Raises UserError where it is not one that we write."""
+    meta = read_json(folder / "meta.json")
     config, bad_steps = meta.get("config", {}), meta.get("bad_steps", [0, 0])
     for key, fits in (
             ("model", isinstance(meta.get("model", {}), dict)),
@@ -201,9 +202,9 @@ def read_meta(folder):
             ("shards", isinstance(meta.get("shards", []), list)
              and all(isinstance(shard, dict) for shard in meta.get("shards", [])))):
         if not fits:
-            raise ValueError(f"{folder / 'meta.json'}: damaged, {key} is {meta[key]!r:.50}")
+            raise UserError(f"{folder / 'meta.json'}: damaged, {key} is {meta[key]!r:.50}")
     if "model" not in meta:
-        raise ValueError(f"{folder / 'meta.json'}: not a checkpoint's, it has no model")
+        raise UserError(f"{folder / 'meta.json'}: not a checkpoint's, it has no model")
     return meta
 
 
@@ -222,7 +223,7 @@ def load_trainer(folder, optimizer, scaler):
             scaler.load_state_dict(state["scaler"])
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
+        raise UserError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
 
 
 class NoFirstWeights(TorchFunctionMode):
@@ -255,7 +256,7 @@ def save_weights(weights, folder):
 
 def load_model(folder, dropout=0.0):
     """Return the GPT of a checkpoint folder: its config from meta.json, its weights from
-    model.safetensors. Raises ValueError where either is missing, damaged or of another model."""
+    model.safetensors. Raises UserError where either is missing, damaged or of another model."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -264,12 +265,12 @@ def load_model(folder, dropout=0.0):
         config = GPTConfig(**json.loads((folder / "meta.json").read_text("utf-8"))["model"])
         weights = load_file(folder / "model.safetensors")
     except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: not a checkpoint ({type(error).__name__}: {error})") from error
+        raise UserError(f"{folder}: not a checkpoint ({type(error).__name__}: {error})") from error
     return from_weights(replace(config, dropout=dropout), weights, folder)
 
 
 def from_weights(config, weights, place):
-    """Return the GPT with these weights, {name: tensor}, in float32. Raises ValueError, naming
+    """Return the GPT with these weights, {name: tensor}, in float32. Raises UserError, naming
     the place that they are from, where a name or a size does not fit."""
     model = without_weights(config)  # the given ones take their place
     # a copy, because safetensors' tensors are the file itself, mapped into memory
@@ -278,22 +279,22 @@ def from_weights(config, weights, place):
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{place}: the weights are another model's ({reason})") from error
+        raise UserError(f"{place}: the weights are another model's ({reason})") from error
     return model
 
 
 def find_checkpoint(path, which="latest"):
     """Return the checkpoint folder that `path` names: itself, or, in a run's folder, the one of
-    iter_000250/ and so on whose name is in the file `latest` or `best`. Raises ValueError where
+    iter_000250/ and so on whose name is in the file `latest` or `best`. Raises UserError where
     there is none."""
     path = Path(path)
     if (path / "model.safetensors").is_file():
         return path
     pointer = path / which
     if not pointer.is_file():
-        raise ValueError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
+        raise UserError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
                          "another folder with --out_dir= or --init_from=")
     name = Path(pointer.read_text("utf-8", "replace").strip()).name  # never outside
     if name in ("", "..") or not (path / name).is_dir():
-        raise ValueError(f"{pointer} names {name!r}, which is not there")
+        raise UserError(f"{pointer} names {name!r}, which is not there")
     return path / name

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON, hashes."""
+"""Files on the disk: written whole or not at all, JSON, hashes, and a lock on a folder."""
 
 import hashlib
 import json
@@ -6,18 +6,20 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from configurator import UserError
 
-def load_json(path):
-    """Return the dict that a JSON file holds. Raises ValueError where it cannot be read."""
+
+def read_json(path):
+    """Return the dict that a JSON file holds. Raises UserError where it cannot be read."""
     try:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: damaged, it is not a JSON object ({error})") from error
+        raise UserError(f"{path}: damaged, it is not a JSON object ({error})") from error
 
 
-def write_aside(path, text):
+def write_atomically(path, text):
     """Write a small text file so that it is whole or not there: aside, flushed, renamed."""
     aside = path.with_name(path.name + ".tmp")
     try:
@@ -30,6 +32,28 @@ def write_aside(path, text):
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def lock_folder(folder, busy):
+    """Keep other processes out of a folder, which is made where it is missing, while entered.
+
+    The operating system frees the lock when a process ends, however it ends. Raises UserError where
+    another process is in the folder; `busy` says what it does there and what to do about it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{folder}: {busy}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def read_at(file, offset, size):
     """Return `size` bytes from `offset`. The file's own position, which forked processes share and
     move under each other, is left alone; Windows, which cannot do that, cannot fork either."""
@@ -40,16 +64,16 @@ def read_at(file, offset, size):
 
 
 @contextmanager
-def writing(path, remedy="make room, then go on with --init_from=resume"):
+def naming_write_errors(path, remedy="make room, then go on with --init_from=resume"):
     """Name what could not be written: the error of a full disk does not say it itself."""
     try:
         yield
     except Exception as error:  # safetensors and torch.save have errors of their own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: cannot be written ({reason}); {remedy}") from error
+        raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from error
 
 
-def flush(path):
+def flush_to_disk(path):
     """Wait until a file, or a folder's list of files, is on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows flushes no folders
         return
@@ -60,7 +84,7 @@ def flush(path):
         os.close(descriptor)
 
 
-def hash_of(path):
+def hash_file(path):
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**20):

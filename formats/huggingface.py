@@ -8,8 +8,9 @@ Reads the safetensors file itself; transformers is not needed. The tokenizer is 
 
 from pathlib import Path
 
+from configurator import UserError
 from formats.checkpoint import from_weights
-from formats.files import load_json
+from formats.files import read_json
 from model import GPTConfig
 
 VOCAB_SIZE = 50257  # of GPT-2's tokenizer
@@ -26,7 +27,7 @@ MATHS = {  # what config.json must say, or leave out: our model has no other
 def gpt2_sizes(name):
     """Return train.py's settings for one of OpenAI's four models."""
     if name not in SIZES:
-        raise ValueError(f"init_from={name!r}: choose {', '.join(SIZES)}")
+        raise UserError(f"init_from={name!r}: choose {', '.join(SIZES)}")
     n_layer, n_head, n_embd = SIZES[name]
     return {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": 1024,
             "bias": True}
@@ -34,35 +35,35 @@ def gpt2_sizes(name):
 
 def load_gpt2(source, dropout=0.0):
     """Return the GPT of one of OpenAI's four models, by name, or of a local folder with
-    transformers' config.json and model.safetensors. Raises ValueError where it cannot be had."""
+    transformers' config.json and model.safetensors. Raises UserError where it cannot be had."""
     if source not in SIZES and not Path(source).is_dir():
-        raise ValueError(f"{source}: neither a folder nor one of {', '.join(SIZES)}")
+        raise UserError(f"{source}: neither a folder nor one of {', '.join(SIZES)}")
     config_path, weights_path = (
         fetch(source, name) if source in SIZES else Path(source, name)
         for name in ("config.json", "model.safetensors"))
     model = read_gpt2(config_path, weights_path, dropout)
     if model.config.vocab_size < VOCAB_SIZE:
-        raise ValueError(f"{source}: a vocabulary of {model.config.vocab_size:,} tokens is not "
+        raise UserError(f"{source}: a vocabulary of {model.config.vocab_size:,} tokens is not "
                          f"GPT-2's {VOCAB_SIZE:,}, whose tokenizer is the one we have")
     return model
 
 
 def read_gpt2(config_path, weights_path, dropout=0.0):
-    """Return the GPT of transformers' two files. Raises ValueError where it is not a GPT-2."""
+    """Return the GPT of transformers' two files. Raises UserError where it is not a GPT-2."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        facts = {"model_type": None, **load_json(config_path)}
+        facts = {"model_type": None, **read_json(config_path)}
         for key, wanted in MATHS.items():
             if facts.get(key, wanted) != wanted:
-                raise ValueError(f"{config_path}: {key}={facts[key]!r}, GPT-2 has {wanted!r}")
+                raise UserError(f"{config_path}: {key}={facts[key]!r}, GPT-2 has {wanted!r}")
         config = GPTConfig(
             block_size=facts["n_positions"], vocab_size=facts["vocab_size"], dropout=dropout,
             n_layer=facts["n_layer"], n_head=facts["n_head"], n_embd=facts["n_embd"], bias=True)
         tensors = load_file(weights_path)
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{Path(weights_path).parent}: not a GPT-2 that transformers saved as "
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{Path(weights_path).parent}: not a GPT-2 that transformers saved as "
                          f"safetensors ({type(error).__name__}: {error})") from error
     weights = dict(translate(key, tensor) for key, tensor in tensors.items())
     weights.pop(None, None)
@@ -89,7 +90,7 @@ def fetch(name, filename):
     try:
         return Path(hf_hub_download(f"openai-community/{name}", filename))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(
+        raise UserError(
             f"{name} cannot be downloaded ({type(error).__name__}); go online once, or save it "
             "elsewhere and give its folder: python convert.py --source=FOLDER") from error
 

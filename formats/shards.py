@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.files import load_json, read_at
+from configurator import UserError
+from formats.files import read_at, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = 256  # int32 before the tokens
@@ -34,7 +35,7 @@ POLL, PATIENCE = 3, 1800  # seconds: how often to look for a file that is awaite
 def dataset_folder(dataset):
     """Return the folder of a dataset: data/<dataset> beside this file, or the path it gives."""
     if not dataset or dataset in (".", ".."):
-        raise ValueError(f"dataset={dataset!r}: give it a name, or a folder's path")
+        raise UserError(f"dataset={dataset!r}: give it a name, or a folder's path")
     is_path = "/" in dataset or os.sep in dataset
     return Path(dataset).expanduser() if is_path else ROOT / "data" / dataset
 
@@ -78,7 +79,7 @@ class ShardWriter:
             width = np.dtype(FORMATS[self.format]).itemsize if suffix == "bin" else 1
             path, size = self.path(f"{suffix}.tmp"), 4 * HEADER + self.count * width
             if not path.is_file() or path.stat().st_size < size:
-                raise ValueError(f"{path}: is not what its preparation left, so it cannot go on; "
+                raise UserError(f"{path}: is not what its preparation left, so it cannot go on; "
                                  f"remove {self.folder} and prepare it again")
             self.files[suffix] = open(path, "rb+")
             self.files[suffix].truncate(size)
@@ -171,11 +172,11 @@ class TokenReader:
 
     def __init__(self, dataset, split):
         self.folder, self.split = dataset_folder(dataset), split
-        self.meta = load_meta(dataset)
+        self.meta = read_dataset_meta(dataset)
         info = self.meta["splits"][split] if self.meta else {}
         self.shards = info.get("shards", [])
         if (order := (self.meta or {}).get("order")) not in (None, "by_file"):
-            raise ValueError(f"{self.folder / 'meta.json'}: order {order!r}, this version knows "
+            raise UserError(f"{self.folder / 'meta.json'}: order {order!r}, this version knows "
                              "by_file; prepare the dataset again")
         self.by_file = order == "by_file"
         if self.shards:
@@ -194,21 +195,21 @@ class TokenReader:
         self.open = lru_cache(maxsize=64)(lambda path: open(path, "rb", buffering=0))
 
     def look_at(self, index):
-        """Return a file's number of tokens. Raises ValueError where its header does not agree with
+        """Return a file's number of tokens. Raises UserError where its header does not agree with
         meta.json, with the files before it or with its mask."""
         path = self.paths[index]
         dtype, offset, count = read_header(path)
         if self.shards and count != (planned := self.shards[index]["tokens"]):
-            raise ValueError(f"{path}: has {count:,} tokens and meta.json says {planned:,}: it has "
+            raise UserError(f"{path}: has {count:,} tokens and meta.json says {planned:,}: it has "
                              "changed since it was prepared; prepare the dataset again")
         if self.dtype not in (None, dtype):
-            raise ValueError(f"{path}: tokens of {dtype.itemsize} bytes, the files before it have "
+            raise UserError(f"{path}: tokens of {dtype.itemsize} bytes, the files before it have "
                              f"{self.dtype.itemsize}; prepare the dataset again")
         if self.masked:
             mask = path.with_suffix(".mask")
             *_, marks = read_header(mask, {MASK_FORMAT: "u1"})
             if marks != count:
-                raise ValueError(f"{mask}: is for {marks:,} tokens, {path.name} has {count:,}; "
+                raise UserError(f"{mask}: is for {marks:,} tokens, {path.name} has {count:,}; "
                                  "prepare the dataset again")
         self.dtype, self.offsets[index] = dtype, offset
         return count
@@ -225,7 +226,7 @@ class TokenReader:
                 break
             raw = self.read(self.firsts[index], self.counts[index])
             if shard.get("sha256") not in (None, hashlib.sha256(raw).hexdigest()):
-                raise ValueError(f"{self.paths[index]}: its tokens are not those that were "
+                raise UserError(f"{self.paths[index]}: its tokens are not those that were "
                                  "prepared, by meta.json's sha256; prepare the dataset again")
 
     def rows(self, starts, length):
@@ -259,34 +260,34 @@ class TokenReader:
             try:
                 file = self.open(path)
             except OSError as error:
-                raise ValueError(f"{path}: {error.strerror}; it was there at the start, prepare "
+                raise UserError(f"{path}: {error.strerror}; it was there at the start, prepare "
                                  "the dataset again") from error
             if len(piece := read_at(file, offset + inside * width, part * width)) < part * width:
-                raise ValueError(f"{path}: ends before token {inside + part:,}; it was cut short "
+                raise UserError(f"{path}: ends before token {inside + part:,}; it was cut short "
                                  "since the start, prepare it again")
             raw, start, count, index = raw + piece, start + part, count - part, index + 1
         return raw
 
 
-def load_meta(dataset):
+def read_dataset_meta(dataset):
     """Return a dataset's meta.json as a dict, or None for ready-made token files without one.
 
-    Raises ValueError, with the command that prepares it, where the dataset is missing.
+    Raises UserError, with the command that prepares it, where the dataset is missing.
     """
     folder = dataset_folder(dataset)
     command = f"python prepare.py --dataset={dataset} (your own text: with --input=PATH)"
     if (folder / "UNFINISHED").exists():
-        raise ValueError(f"{folder}: its preparation did not finish; run {command}")
+        raise UserError(f"{folder}: its preparation did not finish; run {command}")
     if (folder / "meta.json").is_file():
-        if "splits" in (meta := load_json(folder / "meta.json")):
+        if "splits" in (meta := read_json(folder / "meta.json")):
             return meta
-        raise ValueError(f"{folder} is not a dataset's folder; run {command}")
+        raise UserError(f"{folder} is not a dataset's folder; run {command}")
     if not any(folder.glob("*train*.bin")):
         others = sorted(path.parent.name for path in folder.parent.glob("*/meta.json"))
-        raise ValueError(f"{folder}: no token files here; prepare them with {command}; prepared "
+        raise UserError(f"{folder}: no token files here; prepare them with {command}; prepared "
                          f"so far: {', '.join(others) or 'nothing'}")
     if (folder / "meta.pkl").exists():
-        raise ValueError(f"{folder} has nanoGPT's meta.pkl, and pickles can run code, so it is not "
+        raise UserError(f"{folder} has nanoGPT's meta.pkl, and pickles can run code, so it is not "
                          f"read; prepare the text again with {command}")
     return None
 
@@ -298,7 +299,7 @@ def wait_for(path):
         print(f"waiting for {path}, which prepare.py is downloading", file=sys.stderr, flush=True)
     while not path.is_file():
         if time.monotonic() > until:
-            raise ValueError(f"{path}: not there after {PATIENCE / 60:g} minutes; run the "
+            raise UserError(f"{path}: not there after {PATIENCE / 60:g} minutes; run the "
                              "preparation again: python prepare.py "
                              f"--dataset={path.parent.name} --ready_made=True")
         time.sleep(POLL)
@@ -311,16 +312,16 @@ def read_header(path, formats=FORMATS):
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(4 * HEADER) if size >= 4 * HEADER else b"", "<i4")
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; prepare the dataset again") from error
+        raise UserError(f"{path}: {error.strerror}; prepare the dataset again") from error
     magic, version, count = header[:3].tolist() or (0, 0, 0)
     dtype, offset = formats.get((magic, version)), 4 * HEADER
     if not dtype and path.name not in ("train.bin", "val.bin"):
-        raise ValueError(f"{path}: not a token file, or not of a version that is known "
+        raise UserError(f"{path}: not a token file, or not of a version that is known "
                          f"(magic {magic}, version {version}); prepare the dataset again")
     if not dtype:  # nanoGPT's: tokens alone
         dtype, offset, count = "<u2", 0, size // 2
     dtype = np.dtype(dtype)
     if not count or size != offset + count * dtype.itemsize:
-        raise ValueError(f"{path}: should have {count:,} tokens and has "
+        raise UserError(f"{path}: should have {count:,} tokens and has "
                          f"{(size - offset) / dtype.itemsize:,.12g}; prepare the dataset again")
     return dtype, offset, count

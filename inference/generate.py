@@ -2,8 +2,10 @@
 
 import torch
 
+from configurator import UserError
 
-def hold_in(model, dtype):
+
+def cast_weights(model, dtype):
     """Convert the matrices to the number format of the products once, not at each token. The
     position embedding stays float32, and so does the token embedding where it is only looked up,
     and with them the residual stream, as under autocast."""
@@ -46,7 +48,7 @@ def generate(model, step, ids, generators, max_new_tokens, eot, runtime, fixed_s
         filled += seen.shape[1]
         *new, finite = torch.cat((new, finite[None])).tolist()  # the only wait for the device
         if not finite:
-            raise ValueError("the logits are not finite: either training diverged, or "
+            raise UserError("the logits are not finite: either training diverged, or "
                              f"{runtime.dtype} is too narrow for this model; try --dtype=float32")
         for row, token in zip(rows, new, strict=True):
             row.append(token)

@@ -4,6 +4,8 @@ import re
 
 import torch
 
+from configurator import UserError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bfloat16/float16 peak of one device, FLOP/s, by words of its name; the first match counts.
@@ -29,20 +31,20 @@ def pick_device(name, local_rank=None):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={name!r}: choose auto, cpu, cuda, cuda:0, mps") from None
+        raise UserError(f"device={name!r}: choose auto, cpu, cuda, cuda:0, mps") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         index = device.index or 0 if local_rank is None else local_rank
         if not 0 <= index < count:
-            raise ValueError(f"device={name!r}, GPU {index}: torch sees {count} CUDA devices here; "
+            raise UserError(f"device={name!r}, GPU {index}: torch sees {count} CUDA devices here; "
                              "use --device=auto, or as many processes as there are GPUs")
         return torch.device("cuda", index)
     if device.type == "mps" and not has_mps or device.type == "meta":
-        raise ValueError(f"device={name!r} is not to be had here; use --device=auto")
+        raise UserError(f"device={name!r} is not to be had here; use --device=auto")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError):
-        raise ValueError(f"device={name!r} is not to be had here; use --device=auto") from None
+        raise UserError(f"device={name!r} is not to be had here; use --device=auto") from None
     return device
 
 
@@ -57,9 +59,9 @@ def pick_dtype(name, device):
                                                or torch.cpu._is_amx_tile_supported())
         return torch.bfloat16 if native else torch.float32
     if name not in DTYPES:
-        raise ValueError(f"dtype={name!r}: choose auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype={name!r}: choose auto, {', '.join(DTYPES)}")
     if device.type == "mps" and name != "float32" and torch.__version__ < (2, 13):
-        raise ValueError(f"dtype={name!r}: on mps torch {torch.__version__} lets a token see later "
+        raise UserError(f"dtype={name!r}: on mps torch {torch.__version__} lets a token see later "
                          "ones (pytorch issue 195910); use --dtype=float32, or torch 2.13")
     return DTYPES[name]
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from configurator import UserError
 from runtime.device import describe
 
 # attention without its matrix (T, T) in memory, by names of our own
@@ -28,7 +29,7 @@ def compile_model(model, choice, runtime):
     """
     choice = choice.lower()
     if choice not in ("auto", "true", "1", "false", "0"):
-        raise ValueError(f"compile={choice!r}: choose auto, True or False")
+        raise UserError(f"compile={choice!r}: choose auto, True or False")
     if choice in ("false", "0") or choice == "auto" and runtime.device.type != "cuda":
         return model
     try:
@@ -37,9 +38,9 @@ def compile_model(model, choice, runtime):
     except Exception as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         if choice != "auto":
-            raise ValueError(f"compile=True does not work here ({cause}); "
+            raise UserError(f"compile=True does not work here ({cause}); "
                              "use --compile=False") from error
-        runtime.say(f"compile: off, a probe failed ({cause})")
+        runtime.print_main(f"compile: off, a probe failed ({cause})")
         return model
     return torch.compile(model)
 
@@ -76,7 +77,7 @@ def pick_attention(config, batch_size, runtime, repeats=10):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # why a kernel does not take these
-        times = dict(zip(FUSED, runtime.agree(*map(seconds, FUSED.values())), strict=True))
+        times = dict(zip(FUSED, runtime.all_max(*map(seconds, FUSED.values())), strict=True))
     best = min(times.values())  # as fast up to noise: as listed, the same in each run
     order = sorted(FUSED, key=lambda name: times[name] > 1.05 * best)
     PICKED.enter_context(sdpa_kernel([*(FUSED[name] for name in order), SDPBackend.MATH],
@@ -95,18 +96,18 @@ def use_fp8(model, runtime, emulate=False):
     multiple of 16. Fast where compiled. The weights, as optimizers and checkpoints see them, stay
     the same tensors of the same names. emulate: rounds alike, on any device.
 
-    Raises ValueError where the device cannot, or torchao is missing."""
+    Raises UserError where the device cannot, or torchao is missing."""
     if not emulate and (runtime.device.type != "cuda"
                         or torch.cuda.get_device_capability(runtime.device) < (8, 9)):
-        raise ValueError("fp8=True needs a CUDA GPU of compute capability 8.9 or higher (Ada, H100 "
+        raise UserError("fp8=True needs a CUDA GPU of compute capability 8.9 or higher (Ada, H100 "
                          f"and later), here is {describe(runtime)}; leave fp8 out")
     if model.config.block_size % 16:
-        raise ValueError(f"fp8=True with block_size={model.config.block_size}: it must be a "
+        raise UserError(f"fp8=True with block_size={model.config.block_size}: it must be a "
                          "multiple of 16, as all sizes of such products")
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise ValueError(f"fp8=True needs torchao ({error}); pip install torchao==0.18.0, or leave "
+        raise UserError(f"fp8=True needs torchao ({error}); pip install torchao==0.18.0, or leave "
                          "fp8 out") from error
     convert_to_float8_training(
         model.transformer.h, config=Float8LinearConfig(emulate=emulate),

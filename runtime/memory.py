@@ -7,14 +7,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute_blocks(model):
+def checkpoint_activations(model):
     """Let the backward pass compute each block again, with the same dropout, instead of keeping
     what is inside it (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost")."""
     for block in model.transformer.h:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def memory_needed(model, batch_size, dtype, recompute=False):
+def estimate_memory(model, batch_size, dtype, recompute=False):
     """Return an estimate of the bytes that training holds at its peak: (weights, gradients and
     AdamW's two moments, with autocast's copies; what a micro-step keeps for its backward pass).
 
@@ -38,7 +38,7 @@ def memory_needed(model, batch_size, dtype, recompute=False):
     return state, layers + logits
 
 
-def memory_there(device):
+def available_memory(device):
     """Return the bytes of the device's memory that are free or ours, or None: not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from configurator import UserError
 from runtime.device import pick_device, pick_dtype
 
 
@@ -37,7 +38,7 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def say(self, *text, **kwargs):
+    def print_main(self, *text, **kwargs):
         """Print, on the main process only."""
         if self.is_main:
             print(*text, flush=True, **kwargs)
@@ -53,7 +54,7 @@ class Runtime:
             dist.all_reduce(tensor)  # SUM: gloo has no average
         return tensor
 
-    def agree(self, *numbers):
+    def all_max(self, *numbers):
         """Return of each number the largest that a process has. Between CPUs: no GPU waits."""
         if self.world_size == 1:
             return numbers
@@ -120,7 +121,7 @@ class Runtime:
 def setup(device="auto", dtype="auto", backend="auto"):
     """Return the Runtime of this process.
 
-    Raises ValueError for a device, dtype or backend that is unknown or not to be had here.
+    Raises UserError for a device, dtype or backend that is unknown or not to be had here.
     """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
@@ -134,22 +135,22 @@ def setup(device="auto", dtype="auto", backend="auto"):
         torch.cuda.set_device(device)  # before any other use, or each rank fills GPU 0
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     if backend not in ("auto", "nccl", "gloo"):
-        raise ValueError(f"backend={backend!r}: choose auto, nccl or gloo")
+        raise UserError(f"backend={backend!r}: choose auto, nccl or gloo")
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size > 1 and backend == "nccl" and device.type != "cuda":
-        raise ValueError(f"backend='nccl' needs CUDA, the device is {device.type}; "
+        raise UserError(f"backend='nccl' needs CUDA, the device is {device.type}; "
                          "use --backend=gloo or auto")
     return Runtime(device, dtype, rank, local_rank, world_size, backend)
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """Return a tensor that FSDP2 shares out over the processes, gathered; others as they are. All
     processes must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(p, tensor):
+def shard_like(p, tensor):
     """Return a tensor, whole on all processes, shared out as a parameter of its shape is."""
     if not hasattr(p, "device_mesh"):
         return tensor

@@ -40,7 +40,7 @@ import train
 from formats import checkpoint
 from formats.shards import TokenReader
 from model import GPT, GPTConfig
-from runtime.memory import memory_needed
+from runtime.memory import estimate_memory
 from runtime.processes import setup
 from runtime.signals import Signals
 from training import optim
@@ -398,7 +398,7 @@ def test_the_memory_estimate_is_what_a_step_keeps(dtype):
             replace(CPU, dtype=dtype).autocast():
         loss = model(x, x).sum()
     assert loss.isfinite()
-    state, estimate = memory_needed(model, 7, dtype)
+    state, estimate = estimate_memory(model, 7, dtype)
     assert state == model_bytes(model) * (4 if dtype == torch.float32 else 4.5)
     assert estimate == pytest.approx(sum(size for size, _ in kept.values()), rel=0.25)
 

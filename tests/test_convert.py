@@ -14,7 +14,7 @@ import convert
 import sample
 from formats import huggingface
 from formats.checkpoint import load_model
-from formats.files import load_json
+from formats.files import read_json
 from text.tokenizer import Tokenizer, gpt2_spec
 
 transformers = pytest.importorskip("transformers")
@@ -41,7 +41,7 @@ def read(folder, **settings):
 
 
 def change_json(path, **changes):
-    path.write_text(json.dumps({**load_json(path), **changes}))
+    path.write_text(json.dumps({**read_json(path), **changes}))
 
 
 @pytest.fixture(scope="module")

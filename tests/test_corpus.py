@@ -125,7 +125,7 @@ def test_text_without_a_safe_place_is_cut_at_the_limit(monkeypatch):
                                             ("replace", ["bad \ufffd one", "good one"])])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
 def test_bad_text_is_skipped_or_replaced(tmp_path, capsys, kind, bad_text, kept):
-    corpus.say_once.cache_clear()
+    corpus.warn_once.cache_clear()
     if kind == "txt":
         packed(tmp_path / "in/a.txt", b"bad \xff one")
         packed(tmp_path / "in/b.txt", b"good one")

@@ -104,7 +104,7 @@ def test_url_blocklist(tmp_path, packed):
 def test_an_empty_blocklist_blocks_nothing_and_a_missing_url_is_said_once(tmp_path, capsys):
     path = tmp_path / "list.txt"
     path.write_text("# nothing yet\n")
-    filters.say_once.cache_clear()
+    filters.warn_once.cache_clear()
     rule = filters.make_judge(NONE | {"url_blocklist": str(path)})
     assert [rule("a", row)[0] for row in ({"url": "http://a.com"}, {}, {})] == ["", "", ""]
     assert capsys.readouterr().err.count("without a url") == 1

@@ -22,7 +22,7 @@ import model as model_file
 from formats import huggingface
 from formats.checkpoint import find_checkpoint, from_weights, load_model, save_weights
 from model import GPT, IGNORE, GPTConfig
-from runtime.memory import recompute_blocks
+from runtime.memory import checkpoint_activations
 
 B, T, H, D, V = 2, 5, 3, 7, 11
 C, LAYERS, BLOCK = H * D, 2, 13
@@ -307,7 +307,7 @@ def test_a_document_has_the_losses_and_gradients_that_it_has_alone(recompute):
     targets[1, 4] = IGNORE
     model, alone = keeps_to_documents(make(**ALL)), make(**ALL)
     if recompute:
-        recompute_blocks(model)
+        checkpoint_activations(model)
     losses = model(DOCUMENTS, targets)
     losses.sum().backward()
     for b, first, end in CUTS:
@@ -586,7 +586,7 @@ def test_recomputed_blocks_change_nothing_and_keep_less(changes):
     for recompute in (False, True):
         model, tensors = make(dropout=0.3, **changes), {}
         if recompute:
-            recompute_blocks(model)
+            checkpoint_activations(model)
         torch.manual_seed(4)
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda x, tensors=tensors: tensors.update({x.data_ptr(): x.numel()}) or x,

@@ -581,7 +581,7 @@ def stop(monkeypatch):
         monkeypatch.setattr(owner, name, step)
 
     at(10**9)
-    for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (prepare, "write_aside"),
+    for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (prepare, "write_atomically"),
                         (shards.ShardWriter, "add"), (shards.ShardWriter, "publish"),
                         (shards.ShardWriter, "finish"), (dedup.Removed, "add")):
         counted(owner, name)

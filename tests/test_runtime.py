@@ -16,7 +16,7 @@ from runtime import cpu, kernels, processes
 from runtime.cpu import bernoulli_by_bits
 from runtime.device import describe, peak_flops, pick_device, pick_dtype
 from runtime.kernels import compile_model, pick_attention, use_fp8
-from runtime.memory import memory_needed, recompute_blocks
+from runtime.memory import checkpoint_activations, estimate_memory
 from runtime.processes import Runtime, setup
 from runtime.seeds import seed_for
 from train import make_optimizer, train_step
@@ -153,7 +153,7 @@ def test_the_memory_estimate_is_what_training_takes(sizes, recompute, dtype, mon
                                 profile_memory=True) as profiler:
         model = GPT(GPTConfig(block_size=64, **{"vocab_size": 65, "bias": False, **sizes}))
         if recompute:
-            recompute_blocks(model)
+            checkpoint_activations(model)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         optimizer = adamw(model, 1e-3, 0.1, (0.9, 0.95))
         for _ in range(2):
@@ -162,7 +162,7 @@ def test_the_memory_estimate_is_what_training_takes(sizes, recompute, dtype, mon
     changes = sorted((event.start_ns(), event.nbytes()) for event in
                      profiler.profiler.kineto_results.events() if event.name() == "[memory]")
     peak = max(itertools.accumulate(size for _, size in changes))
-    estimate = sum(memory_needed(model, 16, dtype, recompute))
+    estimate = sum(estimate_memory(model, 16, dtype, recompute))
     assert estimate == pytest.approx(peak, rel=0.15), (estimate, peak)
 
 
@@ -277,8 +277,8 @@ def test_the_allocator_s_segments_grow_on_a_gpu_unless_the_user_says_otherwise(m
 
 
 def test_only_the_main_process_speaks(capsys):
-    CPU.say("one", "line")
-    Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2).say("nothing")
+    CPU.print_main("one", "line")
+    Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2).print_main("nothing")
     assert capsys.readouterr().out == "one line\n"
 
 
@@ -395,7 +395,7 @@ def test_the_fastest_kernel_is_tried_first_and_the_others_after_it(monkeypatch, 
     assert kernels_in_order()[0].name == "FLASH_ATTENTION"
     # another process was slower with flash
     slow = replace(CPU, world_size=2)
-    monkeypatch.setattr(Runtime, "agree", lambda self, *times: [times[0] + 9, *times[1:]])
+    monkeypatch.setattr(Runtime, "all_max", lambda self, *times: [times[0] + 9, *times[1:]])
     assert pick_attention(HEADS, 2, slow).startswith("attention: cudnn 2000.00 ms, flash 10000.00")
     kernels.PICKED.close()
     assert kernels_in_order() == before

@@ -15,7 +15,7 @@ import torch
 
 import sample
 from formats.checkpoint import load_model, save_weights
-from inference.generate import draw, generate, hold_in, next_tokens
+from inference.generate import cast_weights, draw, generate, next_tokens
 from model import GPT, GPTConfig
 from runtime.processes import Runtime
 from sample import newest_run, read_prompt, write_text
@@ -222,7 +222,7 @@ def test_bfloat16_sampling_runs_and_its_matrices_are_converted_once():
     runtime = Runtime(torch.device("cpu"), torch.bfloat16)
     model = random_model()
     expected = model.logits(torch.tensor([[3, 1, 4]]))
-    hold_in(model, torch.bfloat16)
+    cast_weights(model, torch.bfloat16)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds["transformer.wte.weight"] == torch.bfloat16
     assert kinds["transformer.h.0.mlp.c_fc.weight"] == torch.bfloat16
@@ -237,7 +237,7 @@ def test_bfloat16_sampling_runs_and_its_matrices_are_converted_once():
 def test_an_untied_embedding_stays_float32_and_with_it_the_residual_stream():
     model = GPT(GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=3, n_embd=24, rope=True,
                           rmsnorm=True, tied=False, bias=False)).eval()
-    hold_in(model, torch.bfloat16)
+    cast_weights(model, torch.bfloat16)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds.pop("transformer.wte.weight") == torch.float32
     assert set(kinds.values()) == {torch.bfloat16}

@@ -20,8 +20,8 @@ from training.sequences import (
     move_to_documents,
     parse_mix,
     permute,
-    place,
     sequence_starts,
+    split_sequence_number,
     training_starts,
 )
 
@@ -454,7 +454,7 @@ def test_after_any_number_of_sequences_each_dataset_has_its_share(mix):
     weights = list(parse_mix(mix, "").values())
     bound = 0.5 if len(weights) == 2 else int(np.ceil(np.log2(len(weights)))) / 2
     for first in (0, 10**12):  # and there is no drift
-        places = [place(number, weights) for number in range(first, first + 3000)]
+        places = [split_sequence_number(number, weights) for number in range(first, first + 3000)]
         for which, weight in enumerate(weights):
             own = [(n, index) for n, (its, index) in enumerate(places, first) if its == which]
             indices = [index for _, index in own]
@@ -465,8 +465,8 @@ def test_after_any_number_of_sequences_each_dataset_has_its_share(mix):
                     off = abs(count * sum(weights) - total * weight) / sum(weights)
                     assert off < bound or off == bound == 0.5
     shuffled = np.random.default_rng(3).permutation(500).tolist()
-    assert [place(n, weights) for n in shuffled] == [
-        [place(n, weights) for n in range(500)][n] for n in shuffled]
+    assert [split_sequence_number(n, weights) for n in shuffled] == [
+        [split_sequence_number(n, weights) for n in range(500)][n] for n in shuffled]
 
 
 def test_shares_are_exact():
@@ -560,21 +560,21 @@ def test_sequences_begin_at_the_first_document_of_their_block(tmp_path, by_file)
 
 def test_write_aside_is_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "meta.json"
-    files.write_aside(path, "first\r\n\n")
+    files.write_atomically(path, "first\r\n\n")
     assert path.read_bytes() == b"first\r\n\n"
     with pytest.raises(UnicodeEncodeError):
-        files.write_aside(path, "half \udcff")
+        files.write_atomically(path, "half \udcff")
     monkeypatch.setattr(os, "replace", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        files.write_aside(path, "second")
+        files.write_atomically(path, "second")
     assert path.read_bytes() == b"first\r\n\n" and [*tmp_path.iterdir()] == [path]
 
 
 def test_load_json(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"a": "é"}), encoding="utf-8")
-    assert files.load_json(tmp_path / "x.json") == {"a": "é"}
+    assert files.read_json(tmp_path / "x.json") == {"a": "é"}
     with pytest.raises(ValueError, match="nowhere.json: No such file"):
-        files.load_json(tmp_path / "nowhere.json")
+        files.read_json(tmp_path / "nowhere.json")
 
 
 # ---------------------------------------------------------------------- the order

@@ -26,7 +26,7 @@ from formats import shards
 from formats.shards import TokenReader
 from model import GPT, IGNORE, GPTConfig
 from runtime.kernels import use_fp8
-from runtime.processes import Runtime, setup, whole
+from runtime.processes import Runtime, full_tensor, setup
 from training import log as run_log
 from training.optim import Optimizer, adamw, lr_at, set_rates
 from training.sequences import Mixture, evenly_spaced_starts, parse_mix, training_starts
@@ -553,8 +553,8 @@ def test_loss_curve_is_drawn(tmp_path, dataset):
 
 def test_activation_checkpointing_changes_no_number(tmp_path, dataset, monkeypatch):
     expected = do_run(tmp_path / "a", dataset, dropout=0.2, max_iters=4)
-    called, own = [], train.recompute_blocks
-    monkeypatch.setattr(train, "recompute_blocks", lambda model: called.append(1) or own(model))
+    called, own = [], train.checkpoint_activations
+    monkeypatch.setattr(train, "checkpoint_activations", lambda model: called.append(1) or own(model))
     assert do_run(tmp_path / "b", dataset, dropout=0.2, max_iters=4,
                   activation_checkpointing=True) == expected
     assert called
@@ -724,7 +724,7 @@ def test_two_processes_have_the_gradients_of_one(dataset, fsdp):
             self.model = model
 
         def step(self):
-            gradients.update({name: whole(p.grad).clone()
+            gradients.update({name: full_tensor(p.grad).clone()
                               for name, p in self.model.named_parameters()})
 
         def zero_grad(self):

@@ -5,7 +5,8 @@ import json
 import re
 from collections import Counter
 
-from formats.files import load_json
+from configurator import UserError
+from formats.files import read_json
 from text.tokenizer import EOT, Tokenizer
 
 ITS_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]", "<|eos|>")  # of others
@@ -60,10 +61,10 @@ def bpe_merges(text, count, pattern):
 
 def check_bpe(vocab_size, pattern):
     if vocab_size < 257:
-        raise ValueError(f"vocab_size={vocab_size}: bpe has the 256 bytes and end-of-text, so it "
+        raise UserError(f"vocab_size={vocab_size}: bpe has the 256 bytes and end-of-text, so it "
                          "must be at least 257")
     if pattern not in PATTERNS:
-        raise ValueError(f"split_pattern={pattern!r}: choose {' or '.join(PATTERNS)}")
+        raise UserError(f"split_pattern={pattern!r}: choose {' or '.join(PATTERNS)}")
 
 
 def train_bpe(texts, vocab_size, pattern):
@@ -100,17 +101,17 @@ def read_spec(path):
 
     The ids are those of Hugging Face's own encoding of text; special tokens in a text are ordinary
     text, and what a post-processor would put around it is left out. Its end-of-text token is
-    <|endoftext|> here, whatever its name there. Raises ValueError where that cannot be.
+    <|endoftext|> here, whatever its name there. Raises UserError where that cannot be.
     """
-    facts = load_json(path)
+    facts = read_json(path)
     if facts.get("kind") in ("gpt2", "bpe"):
         return Tokenizer.read(path).spec
     try:
         return convert(facts)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged, or no tokenizer.json of Hugging Face's byte-level BPE "
+        raise UserError(f"{path}: damaged, or no tokenizer.json of Hugging Face's byte-level BPE "
                          f"({error!r})") from error
 
 
@@ -123,17 +124,17 @@ def convert(facts):
         if text not in special:
             tokens[to_bytes(text)] = i
     if lacking := [byte for byte in BYTES if byte not in tokens]:
-        raise ValueError(f"its vocabulary lacks {len(lacking)} of the 256 bytes, so it could not "
+        raise UserError(f"its vocabulary lacks {len(lacking)} of the 256 bytes, so it could not "
                          "encode every text")
     if sorted([*tokens.values(), *special.values()]) != [*range(len(tokens) + len(special))]:
-        raise ValueError("its ids have gaps, or stand for two tokens")
+        raise UserError("its ids have gaps, or stand for two tokens")
     merges = [tuple(map(to_bytes, pair.split(" ") if isinstance(pair, str) else pair))
               for pair in model["merges"]]
     check_merges(tokens, merges, model.get("ignore_merges", False))
     check_pattern(pattern)
     ends = [name for name in ITS_NAMES if name in special]
     if not ends:
-        raise ValueError(f"none of its special tokens is an end-of-text ({', '.join(ITS_NAMES)}); "
+        raise UserError(f"none of its special tokens is an end-of-text ({', '.join(ITS_NAMES)}); "
                          f"it has: {', '.join(special) or 'none'}")
     special = {EOT if name == ends[0] else name: i for name, i in special.items()}
     in_order = [None] * (max(tokens.values()) + 1)  # None: the id of a special token
@@ -146,17 +147,17 @@ def pattern_of(facts):
     """Return the split pattern of a Hugging Face tokenizer; refuse what tiktoken does not do."""
     model, steps = facts["model"], facts["pre_tokenizer"] or {}
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"its model is {model['type']}; only byte-level BPE can be used")
+        raise UserError(f"its model is {model['type']}; only byte-level BPE can be used")
     for key in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise ValueError(f"its model has {key}={model[key]!r}; only byte-level BPE without it "
+            raise UserError(f"its model has {key}={model[key]!r}; only byte-level BPE without it "
                              "can be used")
     if facts.get("normalizer"):
-        raise ValueError(f"its normalizer ({facts['normalizer']['type']}) changes the text before "
+        raise UserError(f"its normalizer ({facts['normalizer']['type']}) changes the text before "
                          "encoding; only tokenizers without one can be used")
     for token in facts["added_tokens"]:
         if not token["special"]:
-            raise ValueError(f"its added token {token['content']!r} is not a special one but part "
+            raise UserError(f"its added token {token['content']!r} is not a special one but part "
                              "of ordinary text; only byte-level BPE without such can be used")
     *splits, last = steps.get("pretokenizers", [steps])
     if last.get("type") == "ByteLevel" and not last["add_prefix_space"] and len(splits) < 2:
@@ -168,7 +169,7 @@ def pattern_of(facts):
                 return pattern
         elif not splits and use_regex:
             return pattern
-    raise ValueError("its pre-tokenizer is neither ByteLevel nor one Split by a Regex and then "
+    raise UserError("its pre-tokenizer is neither ByteLevel nor one Split by a Regex and then "
                      "ByteLevel, without a prefix space")
 
 
@@ -177,7 +178,7 @@ def to_bytes(text):
     try:
         return b"".join(LETTERS[letter] for letter in text)
     except KeyError as error:
-        raise ValueError(f"its token {text!r} is not written in byte-level BPE's characters"
+        raise UserError(f"its token {text!r} is not written in byte-level BPE's characters"
                          ) from error
 
 
@@ -193,10 +194,10 @@ def check_merges(tokens, merges, whole_first):
     ids, pairs = [], set(merges)
     for left, right in merges:
         if not {left, right, left + right} <= tokens.keys():
-            raise ValueError(f"its merge of {left!r} and {right!r} is not in its vocabulary")
+            raise UserError(f"its merge of {left!r} and {right!r} is not in its vocabulary")
         ids.append(tokens[left + right])
     if ids != sorted(ids):
-        raise ValueError("its merges are in another order than its ids")
+        raise UserError("its merges are in another order than its ids")
     for token in tokens:
         parts = [token[at:at + 1] for at in range(len(token))]
         while len(parts) > 2:
@@ -207,7 +208,7 @@ def check_merges(tokens, merges, whole_first):
             at = joined.index(lowest)
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) > 1 and tuple(parts) not in pairs and not (whole_first and len(parts) > 2):
-            raise ValueError(f"its token {token!r} is not made by its merges alone, so tiktoken "
+            raise UserError(f"its token {token!r} is not made by its merges alone, so tiktoken "
                              "would give other ids")
 
 
@@ -217,16 +218,16 @@ def check_pattern(pattern):
     import tiktoken
 
     if found := re.search(r"(?<![\\\[])[$^]|\d}\+|\\[hHGKXRAzZ]", pattern):
-        raise ValueError(f"its split pattern has {found[0]!r}, which regular expressions read in "
+        raise UserError(f"its split pattern has {found[0]!r}, which regular expressions read in "
                          "different ways")
     ranks = {byte: i for i, byte in enumerate(BYTES)}
     try:
         engine = tiktoken.Encoding("check", pat_str=pattern, mergeable_ranks=ranks,
                                    special_tokens={})
     except ValueError as error:
-        raise ValueError(f"its split pattern {pattern!r} cannot be used ({error})") from error
+        raise UserError(f"its split pattern {pattern!r} cannot be used ({error})") from error
     characters = [chr(i) for i in range(0x20000) if not 0xd800 <= i < 0xe000]
     for between in ("", " ", "a"):
         text = between.join(characters)
         if engine.decode_bytes(engine.encode_ordinary(text)) != text.encode():
-            raise ValueError(f"its split pattern {pattern!r} leaves out some text")
+            raise UserError(f"its split pattern {pattern!r} leaves out some text")

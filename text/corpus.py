@@ -20,7 +20,8 @@ from functools import cache
 from io import BufferedReader
 from pathlib import Path
 
-from formats.files import write_aside
+from configurator import UserError
+from formats.files import write_atomically
 from formats.shards import HEADER
 
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
@@ -48,7 +49,7 @@ def find_files(dataset, pattern, folder, suffixes):
             return stdlib_files()
         if dataset in BUILT_IN:
             return [download(SHAKESPEARE_URL, folder / "input.txt")]
-        raise ValueError(f"dataset={dataset!r}: not one of {', '.join([*BUILT_IN, *ON_THE_HUB])}; "
+        raise UserError(f"dataset={dataset!r}: not one of {', '.join([*BUILT_IN, *ON_THE_HUB])}; "
                          "for your own text add --input=PATH")
     path = Path(pattern).expanduser()
     if path.is_dir():
@@ -59,7 +60,7 @@ def find_files(dataset, pattern, folder, suffixes):
     else:
         paths = [p for p in sorted(map(Path, glob.glob(str(path), recursive=True))) if p.is_file()]
     if not paths:
-        raise ValueError(f"input={pattern!r}: no files there; give a file, a glob in quotes, or a "
+        raise UserError(f"input={pattern!r}: no files there; give a file, a glob in quotes, or a "
                          f"folder with {suffixes} (--suffixes= names others)")
     return paths
 
@@ -82,7 +83,7 @@ def stdlib_files():
 
 
 def download(url, path):
-    """Fetch a URL into `path`, once. Raises ValueError with what to do instead when offline."""
+    """Fetch a URL into `path`, once. Raises UserError with what to do instead when offline."""
     import urllib.request
     from http.client import HTTPException
 
@@ -91,10 +92,10 @@ def download(url, path):
             with urllib.request.urlopen(url, timeout=30) as response:
                 text = response.read()
         except (OSError, HTTPException) as error:
-            raise ValueError(f"cannot download {url} ({error}); fetch it elsewhere and add "
+            raise UserError(f"cannot download {url} ({error}); fetch it elsewhere and add "
                              "--input=FILE") from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, text.decode("utf-8"))
+        write_atomically(path, text.decode("utf-8"))
     return path
 
 
@@ -102,7 +103,7 @@ class Files:
     """The documents of files. Iterating yields (starts_document, text, row) from `place` on.
 
     A text file is one document; each row of a .jsonl, .csv or .parquet file is one, and `row` holds
-    those of its columns `more`. Raises ValueError with file and position for what is not text,
+    those of its columns `more`. Raises UserError with file and position for what is not text,
     unless bad_text says what to do.
     """
 
@@ -152,7 +153,7 @@ class Hub:
         self.column, self.more, self.count, self.between = column, more, 0, True
 
     def connect(self):
-        """Open the stream. Raises ValueError offline, and where its columns are not the
+        """Open the stream. Raises UserError offline, and where its columns are not the
         expected."""
         with hub_errors(f"the dataset {self.name} on Hugging Face's hub"):
             from datasets import load_dataset
@@ -162,7 +163,7 @@ class Hub:
             columns = stream.column_names or list(next(iter(stream)))
             splits = stream.info.splits
         if self.column not in columns:
-            raise ValueError(f"{self.name}: no column {self.column!r} (it has: "
+            raise UserError(f"{self.name}: no column {self.column!r} (it has: "
                              f"{', '.join(columns)}); name it with --text_column=")
         self.more = [name for name in self.more if name in columns]
         self.stream = stream.select_columns([self.column, *self.more])
@@ -210,7 +211,7 @@ def hub_errors(what):
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"cannot download {what} ({reason}); run the same command again where "
+        raise UserError(f"cannot download {what} ({reason}); run the same command again where "
                          "the hub can be reached, and it goes on; or give the text's files with "
                          "--input=FILES") from error
 
@@ -218,7 +219,7 @@ def hub_errors(what):
 def ready_made(dataset):
     """Return (hub's dataset, commit, {file: tokens}) of GPT-2 tokens that others have made."""
     if dataset not in READY_MADE:
-        raise ValueError(f"dataset={dataset!r} is not to be had ready-made; choose "
+        raise UserError(f"dataset={dataset!r} is not to be had ready-made; choose "
                          f"{' or '.join(READY_MADE)}")
     name, revision = READY_MADE[dataset]
     with hub_errors(f"the list of {name}'s files"):
@@ -260,7 +261,7 @@ def named_errors(path):
     except (EOFError, OSError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # the system's word, not the file's
-        raise ValueError(f"{path}: damaged, or not what its name says ({error})") from error
+        raise UserError(f"{path}: damaged, or not what its name says ({error})") from error
 
 
 def read_text(path, raw, column, bad_text, more):
@@ -270,7 +271,7 @@ def read_text(path, raw, column, bad_text, more):
             for _ in decoded(path, raw, "stop"):
                 pass
         except BadText as error:
-            say_once(f"skipped: {str(error).removesuffix(f'; {BAD_TEXT}')}")
+            warn_once(f"skipped: {str(error).removesuffix(f'; {BAD_TEXT}')}")
             return
         raw.seek(0)
     yield decoded(path, raw, bad_text), {}
@@ -303,12 +304,12 @@ def decoded(path, raw, bad_text):
     yield rest
 
 
-class BadText(ValueError):
+class BadText(UserError):
     """A document that is not text."""
 
 
 @cache
-def say_once(text):  # the corpus is read twice
+def warn_once(text):  # the corpus is read twice
     print(text, file=sys.stderr)
 
 
@@ -337,7 +338,7 @@ def read_lines(path, raw, bad_text):
                 place = f"{path}, line {number:,}, byte {error.start:,}: not UTF-8"
                 if bad_text == "stop":
                     raise BadText(f"{place}; {BAD_TEXT}") from error
-                say_once(f"skipped: {place}")
+                warn_once(f"skipped: {place}")
 
 
 def read_jsonl(path, raw, column, bad_text, more):
@@ -348,10 +349,10 @@ def read_jsonl(path, raw, column, bad_text, more):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}, line {number}: no text in field {column!r} (it has: {has}); "
+            raise UserError(f"{path}, line {number}: no text in field {column!r} (it has: {has}); "
                              "name the field with --text_column=")
         text = row[column].encode("utf-8", "replace").decode()  # lone surrogates: ?
         yield cut(text), {name: row[name] for name in more if name in row}
@@ -363,12 +364,12 @@ def read_csv(path, raw, column, bad_text, more):
     rows = csv.DictReader(line for _, line in read_lines(path, raw, bad_text))
     try:
         if column not in (rows.fieldnames or ()):
-            raise ValueError(f"{path}: no column {column!r} (it has: "
+            raise UserError(f"{path}: no column {column!r} (it has: "
                              f"{', '.join(rows.fieldnames or ())}); name it with --text_column=")
         for row in rows:
             yield cut(row[column] or ""), {name: row[name] for name in more if name in row}
     except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
+        raise UserError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
 
 
 def read_parquet(path, raw, column, bad_text, more):
@@ -380,7 +381,7 @@ def read_parquet(path, raw, column, bad_text, more):
         with ParquetFile(raw) as file:
             names = file.schema_arrow.names
             if column not in names:
-                raise ValueError(f"{path}: no column {column!r} (it has: {', '.join(names)}); "
+                raise UserError(f"{path}: no column {column!r} (it has: {', '.join(names)}); "
                                  "name it with --text_column=")
             more = [name for name in more if name in names]
             for batch in file.iter_batches(batch_size=1024, columns=[column, *more]):
@@ -389,4 +390,4 @@ def read_parquet(path, raw, column, bad_text, more):
                 for text, row in zip(texts, others, strict=True):
                     yield cut(text or ""), row
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
+        raise UserError(f"{path}: cannot be read as parquet ({error})") from error

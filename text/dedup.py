@@ -112,12 +112,12 @@ class Removed:
     """What was left out and why: counts, samples in removed.jsonl, and the keys of what was kept,
     in seen.tmp, so that another process can go on."""
 
-    def __init__(self, folder, sieve, state=None):
+    def __init__(self, folder, filter_settings, state=None):
         state = state or {"read": 0, "counts": {}, "samples": 0, "keys": 0}
         self.read, self.counts = state["read"], Counter(state["counts"])
-        self.seen, self.dedup = Seen(), sieve["dedup"]
+        self.seen, self.dedup = Seen(), filter_settings["dedup"]
         self.samples = self.open(folder / "removed.jsonl", state["samples"], any(
-            sieve[key] for key in ("filters", "url_blocklist", "language", "dedup")))
+            filter_settings[key] for key in ("filters", "url_blocklist", "language", "dedup")))
         self.keys = self.open(folder / "seen.tmp", state["keys"], self.dedup)
         if self.keys:
             self.keys.seek(0)

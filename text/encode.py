@@ -8,6 +8,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from configurator import UserError
 from text import dedup
 from text import filters as rules
 from text.tokenizer import Tokenizer
@@ -15,18 +16,18 @@ from text.tokenizer import Tokenizer
 # ---------------------------------------------------------------------- filtering and tokenizing
 
 
-def encoded(units, spec, sieve, workers):
+def encoded(units, spec, filter_settings, workers):
     """Yield (unit, place, [(reason to remove it, ids, bytes, keys)]) for units, in their order.
 
     At most a few units are under way, so memory is bounded. Without a spec, ids are the text.
     """
     if workers == 1:
-        encode = encoder(spec, sieve)
+        encode = encoder(spec, filter_settings)
         for unit, place in units:
             yield unit, place, encode(unit)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker,
-                               (spec, sieve))
+                               (spec, filter_settings))
     waiting = deque()
     try:
         for unit, place in units:
@@ -38,30 +39,30 @@ def encoded(units, spec, sieve, workers):
             unit, place, future = waiting.popleft()
             yield unit, place, future.result()
     except BrokenProcessPool as error:
-        raise ValueError(f"one of the {workers} worker processes was killed (for memory?); run the "
+        raise UserError(f"one of the {workers} worker processes was killed (for memory?); run the "
                          "same command again, it goes on; fewer of them: --workers=") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(spec, sieve):
+def start_worker(spec, filter_settings):
     """Prepare a worker process, which ends with its parent, whatever ends that."""
     global work_on
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    work_on = encoder(spec, sieve)
+    work_on = encoder(spec, filter_settings)
 
 
 def work(unit):
     return work_on(unit)
 
 
-def encoder(spec, sieve):
+def encoder(spec, filter_settings):
     """Return the function that filters and tokenizes a unit. A document longer than a piece is
     judged by its first; the others are cleaned only."""
-    judge, keys_of = rules.make_judge(sieve), dedup.key_function(sieve)
-    clean = [rule for rule in (rules.c4, rules.pii) if rule.__name__ in sieve["filters"].split()]
+    judge, keys_of = rules.make_judge(filter_settings), dedup.key_function(filter_settings)
+    clean = [rule for rule in (rules.c4, rules.pii) if rule.__name__ in filter_settings["filters"].split()]
     tokenizer = Tokenizer(spec) if spec else None
 
     def encode(unit):

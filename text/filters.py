@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from text.corpus import say_once
+from configurator import UserError
+from text.corpus import warn_once
 from text.dedup import WORD, hash64
 
 STOP_WORDS = frozenset("the be to of and that have with".split())
@@ -46,22 +47,22 @@ def check(settings):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose of {' '.join(known)}"
-            raise ValueError(f"filters: unknown name {name!r}; {hint}")
+            raise UserError(f"filters: unknown name {name!r}; {hint}")
     path, language = settings["url_blocklist"], settings["language"]
     if path and not Path(path).is_file():
-        raise ValueError(f"url_blocklist={path!r}: no such file; give a list of domains")
+        raise UserError(f"url_blocklist={path!r}: no such file; give a list of domains")
     if language and not re.fullmatch(r"[a-z]{2,3}([_-][A-Za-z]{2,4})?", language):
-        raise ValueError(f"language={language!r}: give a code such as en")
+        raise UserError(f"language={language!r}: give a code such as en")
     if not 0 <= settings["language_score"] <= 1:
-        raise ValueError(f"language_score={settings['language_score']}: must be from 0 to 1")
+        raise UserError(f"language_score={settings['language_score']}: must be from 0 to 1")
     if settings["dedup"] not in ("", "exact", "near"):
-        raise ValueError(f"dedup={settings['dedup']!r}: choose exact, near or ''")
+        raise UserError(f"dedup={settings['dedup']!r}: choose exact, near or ''")
     need(*["py3langid"] * bool(language), *["rensa"] * (settings["dedup"] == "near"))
 
 
 def need(*packages):
     if missing := [name for name in packages if not find_spec(name)]:
-        raise ValueError(f"this needs packages that are missing: pip install {' '.join(missing)}")
+        raise UserError(f"this needs packages that are missing: pip install {' '.join(missing)}")
 
 
 def columns(settings):
@@ -115,7 +116,7 @@ def read_blocklist(path):
 
     def blocked(url):
         if not url:
-            say_once("url_blocklist: a document without a url is kept, this one and others")
+            warn_once("url_blocklist: a document without a url is kept, this one and others")
             return False
         match = HOST.match(str(url).strip().lower())
         parts = match[1].strip(".").split(".") if match else []
@@ -138,7 +139,7 @@ def language_rule(language, least):
 
         found = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         if language not in found.labels:
-            raise ValueError(f"language={language!r}: not known to py3langid, and a document has "
+            raise UserError(f"language={language!r}: not known to py3langid, and a document has "
                              "no column language; choose of " + " ".join(sorted(found.labels)))
         return found
 

@@ -16,6 +16,7 @@ from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 
+from configurator import UserError
 from text.dedup import BAND_HASHES, BANDS, SHINGLE
 from text.filters import make_judge, need
 
@@ -23,14 +24,14 @@ from text.filters import make_judge, need
 def begin(input, output, work, settings):
     """Write down what is to be done, once; return the suffix of the input's files.
 
-    Raises ValueError if there is nothing to read or the output is of other settings.
+    Raises UserError if there is nothing to read or the output is of other settings.
     """
     from datatrove.io import get_datafolder
 
     files = get_datafolder(input).list_files()
     kinds = {match[0] for name in files if (match := re.search(r"\.(jsonl|parquet)\b.*$", name))}
     if len(kinds) != 1 or not kinds <= {".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"}:
-        raise ValueError(f"input={input!r}: has files of {', '.join(sorted(kinds)) or 'no'} kind; "
+        raise UserError(f"input={input!r}: has files of {', '.join(sorted(kinds)) or 'no'} kind; "
                          "give a folder of .jsonl, .jsonl.gz, .jsonl.zst or .parquet, of one kind")
     suffix = kinds.pop()
     need(*["zstandard"] * suffix.endswith(".zst"))
@@ -38,12 +39,12 @@ def begin(input, output, work, settings):
     folder = get_datafolder(work)
     if not folder.isfile("settings.json"):
         if get_datafolder(output).list_files():
-            raise ValueError(f"output={output!r}: has files already; choose another")
+            raise UserError(f"output={output!r}: has files already; choose another")
         with folder.open("settings.json", "w") as file:
             json.dump(wanted, file, indent=1)
     with folder.open("settings.json") as file:
         if json.load(file) != wanted:
-            raise ValueError(f"output={output!r}: was begun with other settings or files; choose "
+            raise UserError(f"output={output!r}: was begun with other settings or files; choose "
                              f"another, or remove it and {work}")
     return suffix
 

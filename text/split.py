@@ -85,7 +85,7 @@ def units(text, facts, val_fraction, place=None):
     yield unit, {**place, "text": text.place}
 
 
-def learn(text, facts, source, sieve, workers):
+def learn(text, facts, source, filter_settings, workers):
     """Return the spec of a byte-pair encoding learned from the training text that is kept."""
     limit, skip = source["bpe_characters"], 0
     start = text.place
@@ -94,8 +94,8 @@ def learn(text, facts, source, sieve, workers):
 
     def kept():
         dropped = False
-        for unit, _, results in encoded(units(text, facts, source["val_fraction"]), None, sieve,
-                                        workers if sieve["filters"] else 1):
+        for unit, _, results in encoded(units(text, facts, source["val_fraction"]), None, filter_settings,
+                                        workers if filter_settings["filters"] else 1):
             for (split, starts, *_), (reason, piece, *_) in zip(unit, results, strict=True):
                 dropped = bool(reason) if starts else dropped
                 yield "" if dropped else split or "train", starts, piece

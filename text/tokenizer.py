@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.files import load_json, write_aside
-from formats.shards import dataset_folder, load_meta
+from configurator import UserError
+from formats.files import read_json, write_atomically
+from formats.shards import dataset_folder, read_dataset_meta
 
 EOT = "<|endoftext|>"
 
@@ -22,15 +23,15 @@ EOT = "<|endoftext|>"
 def load_tokenizer(dataset, *others):
     """Return a dataset's Tokenizer; GPT-2's for ready-made token files, as in nanoGPT.
 
-    Raises ValueError where one of the others has another.
+    Raises UserError where one of the others has another.
     """
-    meta, folder = load_meta(dataset), dataset_folder(dataset)
+    meta, folder = read_dataset_meta(dataset), dataset_folder(dataset)
     downloaded = meta and meta.get("tokenizer") == "gpt2" and not (
         folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(folder) if meta and not downloaded else Tokenizer(gpt2_spec())
     for name in others:
         if (other := load_tokenizer(name)).spec != tokenizer.spec:
-            raise ValueError(
+            raise UserError(
                 f"{dataset} has the tokenizer {tokenizer.kind} ({tokenizer.vocab_size:,} tokens), "
                 f"{name} another, {other.kind} ({other.vocab_size:,}); a mix needs one: prepare "
                 "them with the same")
@@ -44,7 +45,7 @@ def gpt2_spec():
     try:
         parts = gpt2()
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"GPT-2's tokenizer cannot be downloaded ({type(error).__name__}); go online once, set "
             "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from error
     ranks = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].get)
@@ -80,7 +81,7 @@ class Tokenizer:
                                          special_tokens=spec["special_tokens"])
             self.vocab_size, self.eot = self.bpe.n_vocab, spec["special_tokens"][EOT]
         else:
-            raise ValueError(f"unknown tokenizer {self.kind!r}; this version knows bytes, chars, "
+            raise UserError(f"unknown tokenizer {self.kind!r}; this version knows bytes, chars, "
                              "gpt2 and bpe")
 
     def encode(self, text):
@@ -93,7 +94,7 @@ class Tokenizer:
             ids = self.table[np.minimum(points, len(self.table) - 1)]
             if (ids < 0).any():
                 lacking = "".join(sorted({text[i] for i in np.flatnonzero(ids < 0)}))
-                raise ValueError(f"the vocabulary of {self.vocab_size} characters lacks "
+                raise UserError(f"the vocabulary of {self.vocab_size} characters lacks "
                                  f"{lacking!r}; leave them out, or train with --tokenizer=bytes")
             return ids
         return self.bpe.encode_to_numpy(text, disallowed_special=())
@@ -120,7 +121,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors="replace")
 
     def save(self, folder):
-        write_aside(Path(folder) / "tokenizer.json", json.dumps(self.spec) + "\n")
+        write_atomically(Path(folder) / "tokenizer.json", json.dumps(self.spec) + "\n")
 
     @classmethod
     def load(cls, folder):
@@ -129,8 +130,8 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path):
-        spec = load_json(path)
+        spec = read_json(path)
         try:
             return cls(spec)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a tokenizer that can be used ({error!r})") from error
+            raise UserError(f"{path}: not a tokenizer that can be used ({error!r})") from error

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from formats.files import write_aside, writing
+from configurator import UserError
+from formats.files import naming_write_errors, write_atomically
 from runtime.device import peak_flops
 
 HALVINGS = 32  # updates that float16's scaler may skip until its scale, from 2**16, is no cause
@@ -37,15 +38,15 @@ def open_run(run_dir, config, before, runtime):
     elif (run_dir / "latest").is_file():
         number = next(n for n in range(1, 10**6) if not Path(f"{run_dir}.{n}").exists())
         os.replace(run_dir, f"{run_dir}.{number}")
-        runtime.say(f"{run_dir} held an earlier run, which is now {run_dir}.{number}")
+        runtime.print_main(f"{run_dir} held an earlier run, which is now {run_dir}.{number}")
         held = hold(run_dir)
-    write_aside(path, "".join(kept))
+    write_atomically(path, "".join(kept))
     if config["wandb_log"]:
         wandb_run = start_wandb(run_dir, config)
 
     def record(row, held=held):  # and keep the lock
         row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON has no NaN
-        with writing(path), open(path, "a", encoding="utf-8") as file:
+        with naming_write_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if wandb_run:
             wandb_run.log(row, step=row["iter"])
@@ -55,7 +56,7 @@ def open_run(run_dir, config, before, runtime):
 
 def hold(run_dir):
     """Return the run's folder's lock, made where it is missing: this process's until it is closed
-    or the process ends, however. Raises ValueError where another process has it."""
+    or the process ends, however. Raises UserError where another process has it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -65,7 +66,7 @@ def hold(run_dir):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{run_dir}: another process is training there; stop it, or choose "
+        raise UserError(f"{run_dir}: another process is training there; stop it, or choose "
                          "another --out_dir=") from None
     except OSError:  # a file system without locks
         pass
@@ -88,7 +89,7 @@ def start_wandb(run_dir, config):
     id_path = run_dir / "wandb_id"
     wandb_id = id_path.read_text("utf-8", "replace") if id_path.is_file() else None
     if wandb_id and not re.fullmatch(r"[\w-]{1,64}", wandb_id.strip()):
-        raise ValueError(f"{id_path}: not the id of a run; remove the file")
+        raise UserError(f"{id_path}: not the id of a run; remove the file")
     try:
         import wandb
 
@@ -96,9 +97,9 @@ def start_wandb(run_dir, config):
                                name=config["wandb_run_name"] or run_dir.name,
                                id=wandb_id, resume="allow" if wandb_id else None)
     except Exception as error:  # not installed, not logged in, not reached
-        raise ValueError(f"wandb_log=True does not work here ({error}); log in with `wandb login`, "
+        raise UserError(f"wandb_log=True does not work here ({error}); log in with `wandb login`, "
                          "set WANDB_MODE=offline, or leave it out") from error
-    write_aside(id_path, wandb_run.id)
+    write_atomically(id_path, wandb_run.id)
     return wandb_run
 
 
@@ -118,7 +119,7 @@ def draw_loss(run_dir):
     axes.set(xlabel="iteration", ylabel="loss, nats per token", title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    with writing(run_dir / "loss.png"):
+    with naming_write_errors(run_dir / "loss.png"):
         figure.savefig(run_dir / "loss.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
 
@@ -156,7 +157,7 @@ class Log:
 
     def evaluation(self, iter_num, row):
         self.record({"iter": iter_num, "tokens": iter_num * self.tokens_per_iter, **row})
-        self.runtime.say(f"step {iter_num}: " + ", ".join(
+        self.runtime.print_main(f"step {iter_num}: " + ", ".join(
             f"{key} {value:.4f}" for key, value in row.items()))
 
     def iteration(self, iter_num, lr, loss, grad_norm, scaler):
@@ -185,11 +186,11 @@ class Log:
         self.record(row)
         if math.isfinite(norm):
             self.norm_mean = 0.98 * (self.norm_mean or norm) + 0.02 * norm
-        self.runtime.say(log_line(row, self.norm_mean, max_iters, left))
+        self.runtime.print_main(log_line(row, self.norm_mean, max_iters, left))
         if streak >= self.config["max_bad_steps"] + (HALVINGS if scaler.is_enabled() else 0):
             latest = self.run_dir / "latest"
             last = latest.read_text("utf-8").strip() if latest.is_file() else ""
-            raise ValueError(
+            raise UserError(
                 f"{streak:.0f} updates in a row up to iteration {iter_num} had a loss or a gradient"
                 " that is not a number, and were skipped; "
                 + (f"the last good checkpoint is {self.run_dir / last}" if last

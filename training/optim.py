@@ -14,7 +14,8 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from runtime.processes import like, whole
+from configurator import UserError
+from runtime.processes import full_tensor, shard_like
 
 FUSED = ("cuda", "cpu", "mps", "xpu")  # devices with a one-kernel AdamW in torch 2.9 and later
 ADAMW_KEEPS = ("exp_avg", "exp_avg_sq", "step")  # as torch's names them in a checkpoint
@@ -48,7 +49,7 @@ def muon_and_adamw(model, learning_rate, weight_decay, betas, muon_lr, embed_lr,
     s = sqrt(n_embd / 768) carries the rates of embeddings and heads from one width to another;
     Muon's need no change, because an orthogonal update has the same spectral norm at any width
     (karpathy/nanochat, gpt.py, setup_optimizer; Bernstein 2025, "Deriving Muon"). The rates are
-    those of modded-nanogpt's track 3 and nanochat. Raises ValueError for a parameter of no kind.
+    those of modded-nanogpt's track 3 and nanochat. Raises UserError for a parameter of no kind.
     dtype: of Newton-Schulz's products; bfloat16 where the hardware multiplies it, else float32.
     """
     config, owned = model.config, defaultdict(list)
@@ -78,7 +79,7 @@ def owner(name, p, tied):
         return "vector"
     if p.dim() == 2 and kind in ("c_attn", "c_fc", "c_proj"):
         return "hidden"
-    raise ValueError(f"{name}, {tuple(p.shape)}: neither Muon nor AdamW is told to train it; "
+    raise UserError(f"{name}, {tuple(p.shape)}: neither Muon nor AdamW is told to train it; "
                      "give it a kind in optim.owner, or use --optimizer=adamw")
 
 
@@ -135,17 +136,17 @@ class Optimizer:
                           if p in self.state}}
 
     def load_state_dict(self, state):
-        """Raises ValueError where the state is not that of these parameters."""
+        """Raises UserError where the state is not that of these parameters."""
         owned = self.owned()
         if len(state["state"]) not in (0, len(owned)):
-            raise ValueError(f"it is of {len(state['state'])} parameters, here are {len(owned)}")
+            raise UserError(f"it is of {len(state['state'])} parameters, here are {len(owned)}")
         for i, values in state["state"].items():
             p, group = owned[i]
             if set(values) != set(group["keeps"]) or any(
                     value.shape != (() if name == "step" else p.shape)
                     for name, value in values.items()):
-                raise ValueError(f"{', '.join(values)} of parameter {i} do not fit the optimizer")
-            self.state[p] = {name: (like(p, value) if value.shape else value).to(p.device)
+                raise UserError(f"{', '.join(values)} of parameter {i} do not fit the optimizer")
+            self.state[p] = {name: (shard_like(p, value) if value.shape else value).to(p.device)
                              for name, value in values.items()}
 
 
@@ -173,7 +174,7 @@ def muon_group(params, parts, lr, weight_decay, dtype=torch.float32):
     """parts: for each parameter the rows of the matrices in it."""
     for p in params:
         if p.dim() != 2:
-            raise ValueError(f"Muon trains matrices, not a parameter of {tuple(p.shape)}")
+            raise UserError(f"Muon trains matrices, not a parameter of {tuple(p.shape)}")
     return dict(params=params, update=muon_update, keeps=("momentum_buffer",), lr=lr,
                 weight_decay=weight_decay, momentum=0.95,
                 parts=dict(zip(params, parts, strict=True)),
@@ -195,7 +196,7 @@ def muon_update(group, params, averages, found_inf):
         if found_inf is not None:
             grad = torch.where(found_inf > 0, average, grad)
         average.lerp_(grad, 1 - group["momentum"])
-        updates.append(whole(grad.lerp(average, group["momentum"])))  # Nesterov's
+        updates.append(full_tensor(grad.lerp(average, group["momentum"])))  # Nesterov's
         for matrix in updates[-1].split(group["parts"][p]):
             batches[matrix.shape].append(matrix)
     for (rows, columns), matrices in batches.items():
@@ -203,7 +204,7 @@ def muon_update(group, params, averages, found_inf):
         made = made.to(matrices[0].dtype) * max(1, rows / columns) ** 0.5
         torch._foreach_copy_(matrices, list(made.unbind()))
     for p, update in zip(params, updates, strict=True):
-        update = like(p, update)
+        update = shard_like(p, update)
         if group["weight_decay"]:
             update += group["weight_decay"] * p * (update * p > 0)
         if found_inf is not None:
@@ -264,7 +265,7 @@ def lr_at(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters, schedul
     that is used up, which takes the place of iter_num / lr_decay_iters after the warm-up.
     """
     if schedule not in ("cosine", "wsd"):
-        raise ValueError(f"schedule={schedule!r}: choose cosine or wsd")
+        raise UserError(f"schedule={schedule!r}: choose cosine or wsd")
     if iter_num < warmup_iters:
         return learning_rate * (iter_num + 1) / (warmup_iters + 1)
     if iter_num >= lr_decay_iters if used is None else used >= 1:

@@ -2,6 +2,7 @@
 
 from itertools import zip_longest
 
+from configurator import UserError
 from training.sequences import parse_mix
 
 KEEPS_THE_RUN = {  # settings that a resumed run may change and compute the same
@@ -13,28 +14,28 @@ ROUNDS_ANEW = {  # and the same but for the order of floating-point sums
 
 
 def check_resumed(before, config, tokens_per_iter, shards, place):
-    """Return one line per setting that a resumed run changes. Raises ValueError where the run's
+    """Return one line per setting that a resumed run changes. Raises UserError where the run's
     place in its data would be lost, or the data are not the checkpoint's."""
     new_run = "or begin a new run with these weights: --init_from=" + str(place)
     old = before.get("config", {})
     done = before.get("iter_num", 0)
     had = before.get("tokens", 0) // done if done else tokens_per_iter
     if had != tokens_per_iter:
-        raise ValueError(f"the run had {had:,} tokens per iteration and has {tokens_per_iter:,} "
+        raise UserError(f"the run had {had:,} tokens per iteration and has {tokens_per_iter:,} "
                          f"now, so its place in the data is lost; give --total_batch_size={had}, "
                          + new_run)
     if old.get("seed", config["seed"]) != config["seed"]:
-        raise ValueError(f"seed={config['seed']}, but the run has seed={old['seed']}, which is its "
+        raise UserError(f"seed={config['seed']}, but the run has seed={old['seed']}, which is its "
                          f"order of the data; leave seed out, {new_run}")
     shares = [list(parse_mix(c["mix"], c["dataset"]).values()) for c in ({**config, **old}, config)]
     if shares[0] != shares[1]:
-        raise ValueError(f"mix={config['mix']!r}, but the run has mix={old['mix']!r}; leave mix "
+        raise UserError(f"mix={config['mix']!r}, but the run has mix={old['mix']!r}; leave mix "
                          f"out, {new_run}")
     facts = [[[shard.get(key) for key in ("file", "tokens", "sha256")] for shard in some]
              for some in (before.get("shards", []), shards)]
     if facts[0] != facts[1]:
         name = next((now or was)[0] for was, now in zip_longest(*facts) if was != now)
-        raise ValueError(f"{name} of {config['mix'] or config['dataset']} has changed since the "
+        raise UserError(f"{name} of {config['mix'] or config['dataset']} has changed since the "
                          f"checkpoint {place} was written; prepare the dataset as it was, "
                          + new_run)
     lines = []

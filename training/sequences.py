@@ -8,6 +8,7 @@ from math import lcm
 
 import numpy as np
 
+from configurator import UserError
 from formats.shards import TokenReader, dataset_folder
 
 CHUNK = 1024  # sequences whose starts are worked out, and remembered, at a time
@@ -17,7 +18,7 @@ class Mixture:
     """One split of one dataset or of several, whose sequences come in exact shares.
 
     document_start: a token, where sequences are to begin at documents (TokenReader.at_documents).
-    mix: as `parse_mix` returns it. Raises ValueError where a split is shorter than a sequence.
+    mix: as `parse_mix` returns it. Raises UserError where a split is shorter than a sequence.
     """
 
     document_start = None
@@ -29,7 +30,7 @@ class Mixture:
         for reader in readers:
             longest = max(reader.counts) if reader.by_file else reader.tokens
             if longest <= block_size:
-                raise ValueError(
+                raise UserError(
                     f"block_size={block_size} needs {block_size + 1:,} tokens, the {split} split "
                     f"of {reader.folder} has {longest:,}; use a smaller --block_size or prepare "
                     "more text")
@@ -52,7 +53,7 @@ class Mixture:
         rows, mask = np.empty((len(numbers), T + 1), np.int64), None
         if any(reader.masked for reader in readers):
             mask = np.ones(rows.shape, bool)
-        places = np.array([place(number, self.weights) for number in numbers.tolist()])
+        places = np.array([split_sequence_number(number, self.weights) for number in numbers.tolist()])
         for index in np.unique(places[:, 0]).tolist():
             mine, reader = places[:, 0] == index, readers[index]
             starts = training_starts(reader, places[mine, 1], T,
@@ -110,17 +111,17 @@ def parse_mix(mix, dataset):
     for part in mix.split(","):
         name, _, share = (text.strip() for text in part.rpartition(":"))
         if not name or not re.fullmatch(r"[0-9]*\.?[0-9]+", share) or not Fraction(share):
-            raise ValueError(f"mix={mix!r}: {part!r} is not a dataset and its share above 0; write "
+            raise UserError(f"mix={mix!r}: {part!r} is not a dataset and its share above 0; write "
                              "--mix=NAME:0.7,OTHER:0.3")
         if (last := dataset_folder(name).name) in names:
-            raise ValueError(f"mix={mix!r}: {last!r} is in it twice; give it one share")
+            raise UserError(f"mix={mix!r}: {last!r} is in it twice; give it one share")
         names.add(last)
         shares[name] = Fraction(share)
     unit = lcm(*(share.denominator for share in shares.values()))
     return {name: int(share * unit) for name, share in shares.items()}
 
 
-def place(number, weights):
+def split_sequence_number(number, weights):
     """Return (which dataset, its sequence's number in that dataset's own run); a pure function.
 
     The datasets are halved until one is left. Of the first n sequences of a group its left half
