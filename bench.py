@@ -209,7 +209,7 @@ def time_steps(options, settings):
     seconds = statistics.median(whole for _, whole in times)
     tokens = micro_steps * runtime.world_size * settings["batch_size"] * settings["block_size"]
     estimate = sum(estimate_memory(model, settings["batch_size"], runtime.dtype,
-                                 settings["activation_checkpointing"]))
+                                   settings["activation_checkpointing"], model.chunk))
     return {"ms": 1000 * seconds, "tokens_per_s": tokens / seconds,
             **mfu(model, tokens / seconds, runtime), "warmup_s": first,
             "batch_source_share": statistics.median(read / whole for read, whole in times),

@@ -172,7 +172,7 @@ def main(
     with Signals() as signals, checkpoints, runtime:
         while True:
             # the same on all processes: what stops the run, and how much of its minutes is used
-            wish, used = runtime.all_max(DATA_FAULT if fault else signals.wish, log.used())
+            wish, used = runtime.all_max(DATA_FAULT if fault else signals.pending, log.used())
             last, row = iter_num >= max_iters or used >= 1, None
             if eval_only or not evaluated and wish != DATA_FAULT and (
                     last or iter_num % eval_interval == 0):
@@ -369,7 +369,7 @@ def follow_documents(config, data, model, tokenizer):
 def memory_line(model, config, runtime):
     """Return what the run needs and what there is, in a line. An estimate refuses nothing."""
     state, kept = estimate_memory(model, config["batch_size"], runtime.dtype,
-                                config["activation_checkpointing"])
+                                config["activation_checkpointing"], model.chunk)
     state /= runtime.world_size if config["fsdp"] else 1
     there = available_memory(runtime.device)
     tight = there is not None and state + kept > there

@@ -1,4 +1,4 @@
-"""Compilation, the choice of attention's kernel, 8-bit floats."""
+"""Faster kernels: compilation, the choice of attention's kernel, products of 8-bit floats."""
 
 import atexit
 import math
@@ -15,100 +15,139 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from configurator import UserError
 from runtime.device import describe
 
-# attention without its matrix (T, T) in memory, by names of our own
+# The kernels that never hold attention's matrix (T, T) in memory, by the names that we print.
 FUSED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
          "efficient": SDPBackend.EFFICIENT_ATTENTION}
-PICKED = ExitStack()  # holds the order that pick_attention found
+PICKED = ExitStack()  # holds torch's context with the order that pick_attention found
 
 
 def compile_model(model, choice, runtime):
     """Return torch.compile(model) where `choice` and the machine allow it, else the model.
 
-    choice: 'auto' (on CUDA, unless a probe fails), 'True' (raises ValueError where it fails) or
-    'False'. On CPU and MPS 'auto' is off: compiling takes longer than short runs save.
+    choice: 'True', 'False', or 'auto': compile where compiles_by_default says so, and fall back
+    with one line where a probe fails. Raises UserError where 'True' does not work.
     """
     choice = choice.lower()
     if choice not in ("auto", "true", "1", "false", "0"):
         raise UserError(f"compile={choice!r}: choose auto, True or False")
-    if choice in ("false", "0") or choice == "auto" and runtime.device.type != "cuda":
+    if choice in ("false", "0"):
         return model
+    if choice == "auto" and not compiles_by_default(runtime.device):
+        return model
+
+    # Compile something tiny first: a missing compiler shows here and not in the first iteration.
     try:
         probe = torch.compile(lambda x: (x * x).sin() + 1)
         probe(torch.ones(8, device=runtime.device))
     except Exception as error:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = " ".join(str(error).split())[:120]
+        cause = f"{type(error).__name__}: {reason}"
         if choice != "auto":
             raise UserError(f"compile=True does not work here ({cause}); "
-                             "use --compile=False") from error
+                            "use --compile=False") from error
         runtime.print_main(f"compile: off, a probe failed ({cause})")
         return model
     return torch.compile(model)
 
 
-def pick_attention(config, batch_size, runtime, repeats=10):
-    """Time attention, forward and backward, at the model's sizes with each fused kernel; let torch
-    try the fastest first from now on, on all processes alike; return a line that says so.
+def compiles_by_default(device):
+    """Return whether compile='auto' compiles: on CUDA. Elsewhere compiling takes longer than it
+    saves in short runs."""
+    return device.type == "cuda"
 
-    What a kernel does not take, such as a mask, goes to the next, at last to the one that is not
-    fused. A compiled graph keeps the kernel that was first when it was traced; torch's cache of
-    graphs does not know of kernels (pytorch issue 185449), so its key gets a tag.
+
+def pick_attention(config, batch_size, runtime, repeats=10):
+    """Time the fused kernels of attention, forward and backward, at the model's sizes. From then on
+    torch tries them from the fastest to the slowest, in the same order on all processes. Return a
+    line with the times.
+
+    Where a kernel cannot do what is asked, such as a mask, the next one is tried, and at last the
+    one that is not fused.
     """
     PICKED.close()
-    H, K = config.n_head, config.kv_heads
-    heads = torch.randn(batch_size, config.block_size, H + 2 * K, config.head_dim,
+    query_heads, kv_heads = config.n_head, config.kv_heads
+    # Inputs with the shapes and the strides of the model's own: see CausalSelfAttention.
+    heads = torch.randn(batch_size, config.block_size, query_heads + 2 * kv_heads, config.head_dim,
                         device=runtime.device, dtype=runtime.dtype).transpose(1, 2)
-    q, k, v = (part.detach().requires_grad_() for part in heads.split([H, K, K], 1))
+    qkv = [part.detach().requires_grad_()
+           for part in heads.split([query_heads, kv_heads, kv_heads], 1)]
 
-    def seconds(kernel):
-        times = []
-        try:
-            for _ in range(2 + repeats):
-                runtime.synchronize()
-                began = time.perf_counter()
-                with sdpa_kernel(kernel):
-                    y = F.scaled_dot_product_attention(q, k, v, dropout_p=config.dropout,
-                                                       is_causal=True, enable_gqa=K != H)
-                torch.autograd.grad(y, (q, k, v), y)
-                runtime.synchronize()
-                times.append(time.perf_counter() - began)
-        except RuntimeError:  # it does not take these, or memory is short
-            return math.inf
-        return statistics.median(times[2:])  # the first ones set it up
-
+    # The slowest process decides, so that all pick the same order.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # why a kernel does not take these
-        times = dict(zip(FUSED, runtime.all_max(*map(seconds, FUSED.values())), strict=True))
-    best = min(times.values())  # as fast up to noise: as listed, the same in each run
-    order = sorted(FUSED, key=lambda name: times[name] > 1.05 * best)
-    PICKED.enter_context(sdpa_kernel([*(FUSED[name] for name in order), SDPBackend.MATH],
-                                     set_priority=True))
-    atexit.register(PICKED.close)  # before torch is taken down
-    torch.compiler.config.cache_key_tag = " ".join(
-        [os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", ""), *order])
-    return "attention: " + ", ".join(
-        f"{name} {1000 * times[name]:.2f} ms" if math.isfinite(times[name]) else f"not {name}"
-        for name in order)
+        warnings.simplefilter("ignore")  # torch explains why a kernel does not accept these inputs
+        seconds = [time_attention(kernel, qkv, config.dropout, runtime, repeats)
+                   for kernel in FUSED.values()]
+    times = dict(zip(FUSED, runtime.all_max(*seconds), strict=True))
+
+    # Kernels within 5% of the fastest are equal but for noise: they keep the order of FUSED, so
+    # that each run picks the same.
+    fastest = min(times.values())
+    order = sorted(FUSED, key=lambda name: times[name] > 1.05 * fastest)
+    kernels = [FUSED[name] for name in order]
+    PICKED.enter_context(sdpa_kernel([*kernels, SDPBackend.MATH], set_priority=True))
+    atexit.register(PICKED.close)  # before torch itself is taken down
+
+    # A compiled graph keeps the kernel that was first when it was traced, and torch's cache of
+    # graphs does not know the order (pytorch issue 185449): so its key gets a tag.
+    users_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = " ".join([users_tag, *order])
+    return "attention: " + ", ".join(attention_time(name, times[name]) for name in order)
+
+
+def time_attention(kernel, qkv, dropout, runtime, repeats):
+    """Return the median seconds of one forward and backward pass; infinity where the kernel does
+    not accept these inputs, or memory is short."""
+    q, k, v = qkv
+    times = []
+    try:
+        for _ in range(2 + repeats):
+            runtime.synchronize()
+            start = time.perf_counter()
+            with sdpa_kernel(kernel):
+                y = F.scaled_dot_product_attention(
+                    q, k, v, dropout_p=dropout, is_causal=True,
+                    enable_gqa=k.shape[1] != q.shape[1])
+            torch.autograd.grad(y, (q, k, v), y)
+            runtime.synchronize()
+            times.append(time.perf_counter() - start)
+    except RuntimeError:
+        return math.inf
+    return statistics.median(times[2:])  # the first two set the kernel up
+
+
+def attention_time(name, seconds):
+    if math.isinf(seconds):
+        return f"not {name}"
+    return f"{name} {1000 * seconds:.2f} ms"
 
 
 def use_fp8(model, runtime, emulate=False):
-    """Let torchao multiply the blocks' matrices as 8-bit floats, each tensor scaled to its largest
-    number (Micikevicius et al. 2022, "FP8 Formats for Deep Learning"), but for sizes that are no
-    multiple of 16. Fast where compiled. The weights, as optimizers and checkpoints see them, stay
-    the same tensors of the same names. emulate: rounds alike, on any device.
+    """Let torchao compute the matrix products of the blocks in 8-bit floats, each tensor scaled by
+    its largest number (Micikevicius et al. 2022, "FP8 Formats for Deep Learning").
 
-    Raises UserError where the device cannot, or torchao is missing."""
-    if not emulate and (runtime.device.type != "cuda"
-                        or torch.cuda.get_device_capability(runtime.device) < (8, 9)):
+    Matrices whose sizes are not multiples of 16 are left out. It is fast only where the model is
+    compiled. Weights stay the same tensors with the same names, so optimizers and checkpoints see
+    no difference. emulate: round in the same way on any device, for tests.
+    Raises UserError where the device cannot, or torchao is missing.
+    """
+    if not emulate and not has_fp8(runtime):
         raise UserError("fp8=True needs a CUDA GPU of compute capability 8.9 or higher (Ada, H100 "
-                         f"and later), here is {describe(runtime)}; leave fp8 out")
+                        f"and later), here is {describe(runtime)}; leave fp8 out")
     if model.config.block_size % 16:
         raise UserError(f"fp8=True with block_size={model.config.block_size}: it must be a "
-                         "multiple of 16, as all sizes of such products")
+                        "multiple of 16, as all sizes of such products")
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise UserError(f"fp8=True needs torchao ({error}); pip install torchao==0.18.0, or leave "
-                         "fp8 out") from error
-    convert_to_float8_training(
-        model.transformer.h, config=Float8LinearConfig(emulate=emulate),
-        module_filter_fn=lambda m, name: m.in_features % 16 == m.out_features % 16 == 0)
+                        "fp8 out") from error
+
+    def fits(linear, name):
+        return linear.in_features % 16 == 0 and linear.out_features % 16 == 0
+
+    convert_to_float8_training(model.transformer.h, config=Float8LinearConfig(emulate=emulate),
+                               module_filter_fn=fits)
+
+
+def has_fp8(runtime):
+    return runtime.is_cuda and torch.cuda.get_device_capability(runtime.device) >= (8, 9)

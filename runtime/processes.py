@@ -1,9 +1,10 @@
-"""Where a run happens: device, number format, compilation, random numbers, processes.
+"""The process that runs: its device, its number format, and its place among torchrun's processes.
 
-Everything that depends on the hardware or on torchrun's environment is decided here, once, and
-said in one line. Needs torch alone.
+`setup` decides all that once, at the start; the rest of the program asks the Runtime that it
+returns, and is the same on one process and on many.
 """
 
+import math
 import os
 import sys
 import time
@@ -15,38 +16,114 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
-from runtime.device import pick_device, pick_dtype
+from runtime.device import pick_device, pick_dtype, synchronize
+
+
+def launched_by_torchrun():
+    """Return whether torchrun, or something with its environment, started this process."""
+    return "RANK" in os.environ
+
+
+def is_main_process():
+    """Return whether this process is the one that prints; known before `setup`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def setup(device="auto", dtype="auto", backend="auto"):
+    """Return the Runtime of this process.
+
+    device, dtype: see pick_device and pick_dtype. backend: how processes talk to each other, nccl
+    or gloo; 'auto' is nccl on CUDA, else gloo. Raises UserError for one that is unknown or not
+    available here.
+    """
+    # torchrun tells each process its number, among all and on this machine, and how many there are.
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+
+    # The device and its number format.
+    if launched_by_torchrun():
+        device = pick_device(device, local_rank)
+    else:
+        device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    if device.type == "cuda":
+        set_cuda_defaults(device)
+
+    # The backend between processes.
+    if backend not in ("auto", "nccl", "gloo"):
+        raise UserError(f"backend={backend!r}: choose auto, nccl or gloo")
+    if backend == "auto":
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "nccl"
+    if world_size > 1 and backend == "nccl" and device.type != "cuda":
+        raise UserError(f"backend='nccl' needs CUDA, the device is {device.type}; "
+                        "use --backend=gloo or auto")
+    return Runtime(device, dtype, rank, local_rank, world_size, backend)
+
+
+def set_cuda_defaults(device):
+    """Set what torch leaves off by default. Must run before the first tensor is on a GPU."""
+    # Segments that grow leave fewer gaps in the GPU's memory. What the user set counts.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and sys.platform == "linux":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # Without this each process would put its first tensors on GPU 0, and fill it.
+    torch.cuda.set_device(device)
+    # Products of float32 matrices use TF32, which is several times faster and precise enough.
+    torch.set_float32_matmul_precision("high")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process's place: its device, its number format, its rank among world_size processes."""
+    """One process: its device, its number format, and its rank among world_size processes.
+
+    `with runtime:` leaves the other processes at the end.
+    """
     device: torch.device
-    dtype: torch.dtype
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    backend: str = "gloo"  # between processes
+    dtype: torch.dtype  # of matrix products
+    rank: int = 0  # the process's number among all
+    local_rank: int = 0  # its number on this machine
+    world_size: int = 1  # how many processes there are
+    backend: str = "gloo"  # how they talk to each other
 
     @property
     def is_main(self):
         return self.rank == 0
 
-    def autocast(self):
-        """Matrix products in self.dtype, the rest as torch.autocast says; off for float32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    @property
+    def is_cuda(self):
+        return self.device.type == "cuda"
+
+    @property
+    def sampling_device(self):
+        """The device on which to draw tokens: MPS has no float64, and has drawn wrongly before."""
+        if self.is_cuda:
+            return self.device
+        return torch.device("cpu")
 
     def print_main(self, *text, **kwargs):
         """Print, on the main process only."""
         if self.is_main:
             print(*text, flush=True, **kwargs)
 
+    def autocast(self):
+        """Return a context with matrix products in self.dtype; it does nothing for float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def to_device(self, array):
+        """Return a numpy array, or a tensor on the CPU, as a tensor on the device."""
+        tensor = torch.as_tensor(array)
+        # From pinned memory the copy to a GPU runs beside the program.
+        if self.is_cuda:
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
     def synchronize(self):
-        """Wait until the device has done what it was given."""
-        if self.device.type in ("cuda", "mps", "xpu"):
-            getattr(torch, self.device.type).synchronize()
+        """Wait until the device has finished all work it was given."""
+        synchronize(self.device)
 
     def sum(self, tensor):
         """Sum a tensor over all processes, in place; return it."""
@@ -55,7 +132,8 @@ class Runtime:
         return tensor
 
     def all_max(self, *numbers):
-        """Return of each number the largest that a process has. Between CPUs: no GPU waits."""
+        """Return the elementwise maximum of the numbers over all processes. It goes through CPU
+        memory, so that no GPU is synchronized."""
         if self.world_size == 1:
             return numbers
         tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -63,97 +141,131 @@ class Runtime:
         return tensor.tolist()
 
     def wrap(self, model, fsdp=False):
-        """Return the model on its device, ready for training: with several processes in DDP, where
-        each has all of it, or with fsdp=True in FSDP2 (Zhao et al. 2023, arXiv 2304.11277), where
-        each has a part of each parameter, and a block is whole only while it is at work."""
-        if not fsdp or self.world_size == 1:
-            model.to(self.device)
+        """Return the model on its device, ready for training on all processes.
+
+        With several processes it is wrapped in DDP, where each process holds the whole model; or
+        with fsdp=True in FSDP2 (Zhao et al. 2023, arXiv 2304.11277), where each process holds a
+        shard of each parameter and gathers a block only while it computes that block.
+        """
         if self.world_size == 1:
-            return model
-        self.join()
+            return model.to(self.device)
         if fsdp:
-            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+            self.init_process_group()
+            return shard_model(model, self)
+        model.to(self.device)
+        self.init_process_group()
+        return replicate_model(model, self)
 
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-            mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-            low = {} if self.dtype == torch.float32 else {"param_dtype": self.dtype,
-                                                          "reduce_dtype": torch.float32}
-            for part in (*model.transformer.h, model):  # the model's own: all that is in no block
-                fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**low))
-            return model
-        from torch.nn.parallel import DistributedDataParallel
+    def init_process_group(self):
+        """Connect to the other processes that torchrun started.
 
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-    def join(self):
-        """Meet the other processes that torchrun started. So late, by `wrap`, because until then
-        each of them finds a user's mistake alone, and ends with its line and not with a timeout."""
-        # torchrun --max-restarts keeps its store, in which the old processes' addresses still are
+        Called from wrap(), not setup(): a bad setting should end every process with its own
+        message, not with the timeout of a collective.
+        """
+        # torchrun --max-restarts keeps its store, which still has the old processes' addresses, so
+        # the keys of each start get a prefix of their own.
         store, *_ = next(dist.rendezvous("env://", self.rank, self.world_size))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        # with NCCL gloo too, for what the processes agree on without their GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if self.backend == "nccl" else self.backend,
-                                store=store, rank=self.rank, world_size=self.world_size)
+        # Beside NCCL there is gloo, for what the processes agree on without their GPUs.
+        backend = self.backend
+        if backend == "nccl":
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
 
     def accumulate(self, model, last):
-        """Return the context of one micro-step: DDP sums gradients over processes in the last one
-        only. FSDP2 does in each, because it keeps no whole gradients."""
-        return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        """Return the context of one micro-step.
+
+        DDP sums gradients over the processes in the last micro-step only. FSDP2 does so in each
+        one, because it keeps no whole gradients.
+        """
+        if last or not hasattr(model, "no_sync"):
+            return nullcontext()
+        return model.no_sync()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *error):
-        """Leave the other processes, once joined; after an error without waiting for them."""
+    def __exit__(self, exception_type, *exception):
+        """Leave the process group; after an error without waiting for the other processes."""
         if self.world_size == 1:
             return
-        # gloo's threads need Python's lock to drop the last tensors, and torch would hold it while
-        # it waits for them to end, which seized one of 14 runs up: let them do it now
+        # gloo's threads need Python's lock to free the last tensors, and torch holds that lock
+        # while it waits for these threads to end: this deadlocked 1 run of 14. The sleep lets the
+        # threads finish first.
         time.sleep(0.1)
-        if kind in (None, SystemExit):
+        if exception_type in (None, SystemExit):
             dist.destroy_process_group()
 
     def close(self):
+        """Leave the process group, where there is no `with` block."""
         self.__exit__(None)
 
 
-def setup(device="auto", dtype="auto", backend="auto"):
-    """Return the Runtime of this process.
+def replicate_model(model, runtime):
+    """Return the model in DDP: each process holds all of it, and gradients are averaged."""
+    from torch.nn.parallel import DistributedDataParallel
 
-    Raises UserError for a device, dtype or backend that is unknown or not to be had here.
-    """
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = pick_device(device, local_rank if "RANK" in os.environ else None)
-    dtype = pick_dtype(dtype, device)
-    if device.type == "cuda":
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and sys.platform == "linux":
-            # fewer gaps in its memory; torch reads it at the first tensor there
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        torch.cuda.set_device(device)  # before any other use, or each rank fills GPU 0
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-    if backend not in ("auto", "nccl", "gloo"):
-        raise UserError(f"backend={backend!r}: choose auto, nccl or gloo")
-    if backend == "auto":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-    if world_size > 1 and backend == "nccl" and device.type != "cuda":
-        raise UserError(f"backend='nccl' needs CUDA, the device is {device.type}; "
-                         "use --backend=gloo or auto")
-    return Runtime(device, dtype, rank, local_rank, world_size, backend)
+    device_ids = None
+    if runtime.is_cuda:
+        device_ids = [runtime.device.index]
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def shard_model(model, runtime):
+    """Return the model with its parameters sharded over the processes, by FSDP2."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    mesh = dist.init_device_mesh(runtime.device.type, (runtime.world_size,))
+    policy = MixedPrecisionPolicy()
+    if runtime.dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
+
+    # Each block is gathered alone; the model itself then holds the parameters outside of blocks.
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def full_tensor(tensor):
-    """Return a tensor that FSDP2 shares out over the processes, gathered; others as they are. All
-    processes must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """Return the whole of a tensor that FSDP2 shards, and any other tensor as it is. All processes
+    must call it, as they gather it together."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    return tensor
 
 
-def shard_like(p, tensor):
-    """Return a tensor, whole on all processes, shared out as a parameter of its shape is."""
-    if not hasattr(p, "device_mesh"):
+def shard_like(parameter, tensor):
+    """Return a tensor that all processes hold whole, sharded as the parameter of its shape is."""
+    if not hasattr(parameter, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)
+
+
+def compute_in_shares(function, batch):
+    """Return function(batch), of which each process computes a share and gets the whole.
+
+    batch: (N, ...), the same on all processes. function: maps each of the N items on its own, to
+    one of the same shape. All processes must call this together.
+    """
+    if not dist.is_initialized() or len(batch) == 1:
+        return function(batch)
+    world_size = dist.get_world_size()
+
+    # Each process takes equally many items; where they run out, zeros fill its share.
+    share = math.ceil(len(batch) / world_size)
+    first = share * dist.get_rank()
+    mine = batch[first:first + share]
+    result = batch.new_zeros(share, *batch.shape[1:])
+    if len(mine):
+        result[:len(mine)] = function(mine)
+
+    # Each process gets the shares of all, in order.
+    results = batch.new_empty(share * world_size, *batch.shape[1:])
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name
+    gather(results, result)
+    return results[:len(batch)]

@@ -1,38 +1,47 @@
-"""What the operating system asks of a run."""
+"""The signals by which the operating system, or a scheduler, stops a run or asks it to save."""
 
 import signal
 import threading
 
 
 class Signals:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 are a wish that the training loop looks at between
-    two iterations; a second SIGINT or SIGTERM ends the process at once.
+    """Inside `with Signals() as signals:` a signal does not interrupt the program: SIGINT, SIGTERM
+    and SIGUSR1 only set `pending`, which the training loop checks between two iterations. A second
+    SIGINT or SIGTERM ends the process at once.
 
-    wish: 0, or the number of the signal that came last.
+    pending: 0, or the number of the last signal; a signal to save does not replace one to stop.
     """
     STOP = (signal.SIGINT, signal.SIGTERM)
-    SAVE = getattr(signal, "SIGUSR1", 0)  # not on Windows
+    SAVE = getattr(signal, "SIGUSR1", 0)  # Windows has none
 
     def __init__(self):
-        self.wish, self.before = 0, {}
+        self.pending = 0
+        self.previous_handlers = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # only it may
-            for number in filter(None, (*self.STOP, self.SAVE)):
-                self.before[number] = signal.signal(number, self.note)
+        # Python lets the main thread alone set handlers.
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in (*self.STOP, self.SAVE):
+            if number:
+                self.previous_handlers[number] = signal.signal(number, self.set_pending)
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
-    def note(self, number, frame):
+    def set_pending(self, number, frame):
+        """The handler of all these signals."""
         if number in self.STOP:
-            self.wish = number
-            for other in self.STOP:
-                signal.signal(other, signal.SIG_DFL)
-        self.wish = self.wish or number
+            self.pending = number
+            # From now on another signal to stop has its usual effect.
+            for stop in self.STOP:
+                signal.signal(stop, signal.SIG_DFL)
+        elif not self.pending:
+            self.pending = number
 
     def saved(self):
-        """Forget a wish to save, once it is fulfilled."""
-        self.wish = 0 if self.wish == self.SAVE else self.wish
+        """Forget a pending signal to save, after the checkpoint is written."""
+        if self.pending == self.SAVE:
+            self.pending = 0

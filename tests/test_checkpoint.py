@@ -247,15 +247,15 @@ def test_sigusr1_saves_and_goes_on(tmp_path, dataset, monkeypatch):
 def test_a_second_signal_ends_at_once():
     code = ("import signal, os, time\nfrom runtime.signals import Signals\n"
             "with Signals() as signals:\n"
-            "    os.kill(os.getpid(), 15)\n    assert signals.wish == 15\n"
+            "    os.kill(os.getpid(), 15)\n    assert signals.pending == 15\n"
             "    os.kill(os.getpid(), 2)\n    time.sleep(9)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGINT
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.wish == signal.SIGUSR1
+        assert signals.pending == signal.SIGUSR1
         os.kill(os.getpid(), signal.SIGTERM)
         signals.saved()
-        assert signals.wish == signal.SIGTERM  # the stronger wish stays
+        assert signals.pending == signal.SIGTERM  # a signal to stop stays
 
 
 # ---------------------------------------------------------------------- numbers gone wrong
