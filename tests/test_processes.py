@@ -1,0 +1,149 @@
+"""runtime/processes.py: the Runtime of one process, and what several compute together."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import in_processes
+
+from runtime import processes
+from runtime.processes import (
+    Runtime,
+    compute_in_shares,
+    is_main_process,
+    launched_by_torchrun,
+    setup,
+)
+from runtime.seeds import seed_for
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+GPU = Runtime(torch.device("cuda", 0), torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that claims to have two GPUs of compute capability 8.0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+
+
+def test_setup_of_one_process():
+    runtime = setup("cpu", "bfloat16")
+    assert runtime == Runtime(torch.device("cpu"), torch.bfloat16, 0, 0, 1)
+    assert runtime.is_main
+    tensor, model = torch.ones(2), torch.nn.Linear(2, 3)
+    assert runtime.sum(tensor) is tensor and tensor.tolist() == [1, 1]
+    assert runtime.wrap(model) is model
+    runtime.synchronize()
+    runtime.close()
+
+
+def test_backends(monkeypatch):
+    assert setup("cpu", "float32", "nccl").world_size == 1  # nanoGPT's default; nothing to join
+    with pytest.raises(ValueError, match="backend='glo': choose auto, nccl or gloo"):
+        setup("cpu", "float32", "glo")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="backend='nccl' needs CUDA, the device is cpu.*gloo"):
+        setup("cpu", "float32", "nccl")
+
+
+def test_the_allocator_s_segments_grow_on_a_gpu_unless_the_user_says_otherwise(monkeypatch,
+                                                                                two_gpus):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(processes.sys, "platform", "linux")
+    for given in ({}, {"PYTORCH_ALLOC_CONF": "backend:native"},
+                  {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}):
+        environment = dict(given)
+        monkeypatch.setattr(processes.os, "environ", environment)
+        setup("cpu")
+        assert environment == given
+        setup("cuda")
+        assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_only_the_main_process_speaks(capsys):
+    CPU.print_main("one", "line")
+    Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2).print_main("nothing")
+    assert capsys.readouterr().out == "one line\n"
+
+
+def test_autocast_is_for_matrix_products():
+    a = torch.ones(3, 5)
+    with CPU.autocast():
+        assert not torch.is_autocast_enabled("cpu")
+        assert (a @ a.T).dtype == torch.float32
+    with Runtime(torch.device("cpu"), torch.bfloat16).autocast():
+        assert (a @ a.T).dtype == torch.bfloat16
+        assert (a + a).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_seeds_are_a_pure_function_of_their_purpose():
+    assert seed_for(1337, "init") == 4318679375150133952  # so that a run stays what it was
+    purposes = [(1337, "init"), (1338, "init"), (1337, "dropout", 7, 0), (1337, "dropout", 0, 7),
+                (1337, "dropout", 70), ("1337", "init")]
+    seeds = [seed_for(*purpose) for purpose in purposes]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_torchrun_s_environment(monkeypatch):
+    assert is_main_process() and not launched_by_torchrun()
+    monkeypatch.setenv("RANK", "0")
+    assert is_main_process() and launched_by_torchrun()
+    monkeypatch.setenv("RANK", "3")
+    assert not is_main_process() and launched_by_torchrun()
+
+
+def test_what_only_a_gpu_needs_is_asked_of_the_runtime():
+    mps = Runtime(torch.device("mps"), torch.float32)
+    assert (GPU.is_cuda, CPU.is_cuda, mps.is_cuda) == (True, False, False)
+    assert GPU.sampling_device == torch.device("cuda", 0)
+    assert CPU.sampling_device == mps.sampling_device == torch.device("cpu")
+
+
+def test_arrays_and_tensors_go_to_the_device(monkeypatch):
+    array = np.arange(6).reshape(2, 3)
+    assert torch.equal(CPU.to_device(array), torch.arange(6).view(2, 3))
+    tensor = torch.ones(2)
+    assert CPU.to_device(tensor) is tensor
+    # to a GPU: from pinned memory, and without waiting
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append(
+        (args, kwargs)))
+    GPU.to_device(array)
+    assert calls == ["pinned", ((GPU.device,), {"non_blocking": True})]
+
+
+@pytest.mark.parametrize("world_size, shares", [(1, [5]), (2, [3, 2]), (4, [2, 2, 1, 0])])
+def test_processes_compute_a_batch_in_shares(world_size, shares):
+    """Each computes its own items only, and all get all of them."""
+    batch = torch.arange(5 * 3 * 2.0).view(5, 3, 2)
+
+    def compute(rank):
+        runtime, computed = setup("cpu", "float32"), []
+
+        def double(items):
+            computed.append(len(items))
+            return 2 * items
+
+        if world_size > 1:
+            runtime.init_process_group()
+        assert torch.equal(compute_in_shares(double, batch), 2 * batch)
+        assert sum(computed) == shares[rank]
+        # one item: no process waits for another
+        assert torch.equal(compute_in_shares(double, batch[:1]), 2 * batch[:1])
+        assert computed[-1] == 1
+        runtime.close()
+
+    codes, output = in_processes(world_size, compute)
+    assert not any(codes), output
