@@ -1,18 +1,22 @@
-# make train: from nothing to a trained model, its loss curve and a sample; again: what is missing.
-# make test:  every test.   make lint, make venv, make clean.
-# PYTHON=python3.12 chooses the interpreter, ARGS='--max_iters=50' adds settings to the training.
+# make train  installs what is needed, prepares the default text, trains a small model, draws its
+#             loss curve and prints a sample. Run it again to resume a training that was stopped.
+# make test   runs every test.
+# make lint   checks the style of the code; make venv only installs; make clean removes the
+#             environment.
+#
+# PYTHON=python3.12 chooses the Python that the environment is made with.
+# ARGS='--max_iters=50' adds settings to the training; RUN=out/other is the folder it writes to.
 
 PYTHON ?= python3
-CONFIG = config/train_stdlib_modern.py
-RUN = out/stdlib_modern
 PY = .venv/bin/python
+RUN = out/stdlib_modern
+CONFIG = config/train_stdlib.py config/modern.py --max_iters=600 --lr_decay_iters=600
 
 .PHONY: train test lint venv clean
 
 train: .venv/installed data/stdlib/meta.json
-	$(PY) train.py $(CONFIG) $(ARGS) \
-	    --init_from=$$([ -f $(RUN)/latest ] && echo resume || echo scratch)
-	@echo "loss curve: $(RUN)/loss.png; a sample:"
+	$(PY) train.py $(CONFIG) --out_dir=$(RUN) $(ARGS) --init_from=auto
+	@echo "the loss curve is $(RUN)/loss.png; a sample:"
 	$(PY) sample.py --out_dir=$(RUN) --num_samples=1 --start="def "
 
 data/stdlib/meta.json: | .venv/installed
@@ -35,6 +39,6 @@ venv: .venv/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
-# the environment and what ran in it; your data/ and out/ stay
+# your data/ and out/ stay
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__ bench_trace.json
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__ bench_trace*.json

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 
 class Bound(NamedTuple):
-    holds: Callable
+    holds: Callable  # of a value and a limit
     words: str
 
 
@@ -36,7 +36,7 @@ class UserError(ValueError):
     keep their traceback."""
 
 
-def run(main, base=None, more_defaults=None, argv=None):
+def run(main, base=None, more_defaults=None, argv=None, default_config=None):
     """Call `main` with the settings of the command line (argv; None: sys.argv).
 
     A user's mistake (a UserError, or an OSError of the system such as a full disk) ends in one line
@@ -45,7 +45,7 @@ def run(main, base=None, more_defaults=None, argv=None):
     if argv is None:
         argv = sys.argv[1:]
     try:
-        main(**configure(main, argv, base, more_defaults))
+        main(**configure(main, argv, base, more_defaults, default_config))
     except (KeyboardInterrupt, BrokenPipeError):  # stopped by Ctrl-C, or by `| head`
         sys.exit(130)
     except (UserError, OSError) as error:
@@ -66,20 +66,33 @@ def end_with_error(message):
     sys.exit(2)
 
 
-def configure(main, argv, base=None, more_defaults=None):
+def configure(main, argv, base=None, more_defaults=None, default_config=None):
     """Return {key: value} for `main`: its defaults, then config files and flags, left to right.
 
     base: a second `main`, whose keys are accepted too where `main` takes **settings.
     more_defaults: a function of the settings; the values it returns go below those of argv.
+    default_config: a config file that lies below all that where argv names none.
     Raises UserError with the place, the key and its nearest neighbour.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(main, base))
         sys.exit(0)
-    defaults = {**(keyword_defaults(base) if base else {}), **keyword_defaults(main)}
+    # the defaults: those of main and of base, and a config file where none is named
+    defaults = keyword_defaults(main)
+    if base:
+        defaults = {**keyword_defaults(base), **defaults}
+    if default_config and not has_config(argv):
+        defaults = overlay([default_config], defaults)
     settings = overlay(argv, defaults)
-    found = more_defaults(settings) if more_defaults else {}
-    return overlay(argv, {**defaults, **found}) if found else settings
+    # what these settings bring, such as those of a run that is resumed
+    if more_defaults:
+        settings = overlay(argv, {**defaults, **more_defaults(settings)})
+    return settings
+
+
+def has_config(argv):
+    """Return whether a command line names a config file."""
+    return any(not arg.startswith("-") for arg in argv)
 
 
 def keyword_defaults(function):
@@ -91,19 +104,28 @@ def overlay(argv, settings):
     """Return a copy of `settings` with the config files and flags of `argv` laid over them."""
     settings = dict(settings)
     for arg in argv:
+        # a config file, or a flag
         if not arg.startswith("-"):
-            place, given = arg, read_config(arg, settings)
+            source, given = arg, read_config(arg, settings)
         elif arg.startswith("--") and "=" in arg:
-            place, given = "command line", dict([arg[2:].split("=", 1)])
+            key, value = arg[2:].split("=", 1)
+            source, given = "command line", {key: value}
         else:
             raise UserError(f"{arg}: flags are --key=value without spaces; --help lists the keys")
+        # what it sets
         for key, value in given.items():
             if key not in settings:
-                near = difflib.get_close_matches(key, settings, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-                raise UserError(f"{place}: unknown key {key!r}; {hint}")
-            settings[key] = as_type_of(settings[key], value, f"{place}: {key}={value}")
+                raise UserError(f"{source}: unknown key {key!r}; {hint_for(key, settings)}")
+            settings[key] = as_type_of(settings[key], value, f"{source}: {key}={value}")
     return settings
+
+
+def hint_for(key, settings):
+    """Return what to do about an unknown key."""
+    nearest = difflib.get_close_matches(key, settings, n=1)
+    if nearest:
+        return f"did you mean {nearest[0]!r}?"
+    return "--help lists the keys"
 
 
 def read_config(path, settings):
@@ -114,8 +136,14 @@ def read_config(path, settings):
         names = runpy.run_path(path, init_globals=settings)
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    return {key: value for key, value in names.items() if settings.get(key, names) is not value
-            and not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
+    assigned = {}
+    for key, value in names.items():
+        # what it got from us and left alone, and what is its own
+        is_unchanged = key in settings and settings[key] is value
+        is_private = key.startswith("_") or callable(value) or isinstance(value, ModuleType)
+        if not is_unchanged and not is_private:
+            assigned[key] = value
+    return assigned
 
 
 def as_type_of(example, value, given):
@@ -125,8 +153,10 @@ def as_type_of(example, value, given):
         return text
     if kind is bool and text.lower() in ("true", "1", "false", "0"):
         return text.lower() in ("true", "1")
-    with suppress(ValueError, OverflowError):  # 1e4 is a whole number, 0.5 is not
-        number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    # 1e4 is a whole number, 0.5 is not; whole numbers are read as such, because a float rounds them
+    with suppress(ValueError, OverflowError):
+        is_whole = re.fullmatch(r"[+-]?\d+", text)
+        number = int(text) if is_whole else float(text)
         if kind in (int, float) and math.isfinite(number) and number == kind(number):
             return kind(number)
     wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
@@ -143,10 +173,12 @@ def check_settings(settings, limits):
         value = settings.get(key)
         if value is None:
             continue
+        # values to choose from
         if isinstance(rule, tuple):
             if value not in rule:
                 raise UserError(f"{key}={value!r}: choose {', '.join(map(repr, rule))}")
             continue
+        # one or two bounds
         bounds = [bound.split() for bound in rule.split(", ")]
         if not all(BOUNDS[sign].holds(value, float(limit)) for sign, limit in bounds):
             wanted = " and ".join(f"{BOUNDS[sign].words} {limit}" for sign, limit in bounds)
@@ -156,10 +188,17 @@ def check_settings(settings, limits):
 def help_text(main, base=None):
     """Return the script's docstring, then each key with its default and its comment."""
     lines = [inspect.getmodule(main).__doc__.strip()]
-    for function in (main, base) if base else (main,):
-        for line in inspect.getsource(function).split("\n):")[0].splitlines():
-            if match := re.match(r"    (\w+=.*),  # (.*)", line):
-                lines.append(f"  --{match[1] + ' ':<31} {match[2]}")
-            elif match := re.match(r"    # (.*)", line):
-                lines.append(f"\n{match[1]}:")
+    functions = [main]
+    if base:
+        functions.append(base)
+    for function in functions:
+        signature = inspect.getsource(function).split("\n):")[0]
+        for line in signature.splitlines():
+            # a key with its comment, or the heading of a group of keys
+            setting = re.match(r"    (\w+=.*),  # (.*)", line)
+            heading = re.match(r"    # (.*)", line)
+            if setting:
+                lines.append(f"  --{setting[1] + ' ':<31} {setting[2]}")
+            elif heading:
+                lines.append(f"\n{heading[1]}:")
     return "\n".join(lines)

@@ -8,442 +8,388 @@
     python prepare.py --dataset=fineweb_edu --max_tokens=1e9
     python prepare.py --dataset=mine --show=5                # look at what was prepared
 
-Writes data/<dataset>/: {train,val}_000000.bin and so on (tokens.py has the format), tokenizer.json
-and meta.json, and removed.jsonl where documents are filtered. Text streams through (corpus.py), it
-is never in memory whole. A preparation that was stopped goes on with the same command, and what it
-writes does not depend on how often that happens nor on the number of workers.
+Writes data/<dataset>/: {train,val}_000000.bin and so on (formats/shards.py), tokenizer.json,
+meta.json, and removed.jsonl if documents are filtered. Text is never in memory as a whole. The same
+command continues a preparation that was stopped; how often does not change the files.
 """
 
-import codecs
-import errno
 import hashlib
 import json
 import os
-import re
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError, run
-from formats.files import read_json, write_atomically
-from formats.shards import ShardWriter, TokenReader, dataset_folder, read_header
-from text import corpus, dedup
-from text import filters as rules
+from configurator import UserError, check_settings, run
+from documents import dedup
+from documents import filters as filter_rules
+from documents.corpus import BUILT_IN, ON_THE_HUB, Files, Hub, find_files
+from documents.rules import EMAILS, IPS
+from formats import preparation
+from formats.dataset import dataset_folder
+from formats.files import hash_file
+from formats.ready_made import download_ready_made
+from formats.shards import read_header
+from runtime.terminal import Progress, use_colour
 from text.bpe import check_bpe, read_spec
-from text.corpus import BUILT_IN, ON_THE_HUB, Files, Hub, find_files
-from text.encode import encoded
-from text.progress import progress
-from text.split import learn, survey, units
+from text.encode import encode_units
+from text.show import show_dataset
+from text.split import Survey, survey_corpus, train_tokenizer, work_units
 from text.tokenizer import Tokenizer, gpt2_spec, load_tokenizer
 
-SMALL = 32_000_000  # bytes of files that one process prepares as fast as several
-NOTE = 10  # seconds between notes of how far it is, beside those at each finished file
+# The values that these settings may have.
+LIMITS = {"val_fraction": "> 0, < 1", "shard_tokens": f">= 1, < {2**31}", "max_tokens": ">= 0",
+          "workers": ">= 0", "bpe_characters": ">= 1", "bad_text": ("stop", "skip", "replace")}
+FILTER_KEYS = ("filters", "url_blocklist", "language", "language_score", "dedup")
+SMALL_CORPUS = 32_000_000  # bytes of files, which one process prepares as fast as several
+SAVE_INTERVAL = 10  # seconds from one save of the progress to the next
 
 
 def main(
     dataset="stdlib",  # stdlib, shakespeare[_char], fineweb[_edu], openwebtext, or --input's name
-    input="",  # your own text: a file, a folder or a 'glob'; .jsonl .csv .parquet, others are text
-    suffixes=".txt .md .rst .py .jsonl .csv .parquet",  # what is read of a folder; also .gz, .zst
+    input="",  # your own text: a file, a folder or a 'glob'; all but .jsonl .csv .parquet is text
+    suffixes=".txt .md .rst .py .jsonl .csv .parquet",  # which files of a folder; also .gz, .zst
     text_column="text",  # the field of .jsonl, .csv and .parquet files that holds the text
-    bad_text="stop",  # a document that is not UTF-8: stop, skip it, or replace what is wrong in it
-    overwrite=False,  # replace a dataset of other text or other settings
-    workers=0,  # processes that filter and tokenize; 0: one per core, for small texts none
-    show=0,  # look at this many random documents of a prepared dataset instead
+    bad_text="stop",  # a document that is not UTF-8: stop, skip it, or replace its bad bytes
+    overwrite=False,  # replace a dataset that has other text or other settings
+    workers=0,  # processes that filter and tokenize; 0: one per core, or one for small texts
+    show=0,  # print this many random documents of a prepared dataset, and prepare nothing
     # tokens
     tokenizer="",  # bytes, chars, gpt2, bpe (trained on this text) or the path of a tokenizer.json
-    vocab_size=4096,  # bpe: how many tokens, with the 256 bytes and end-of-text
-    split_pattern="gpt2",  # bpe: what cuts text into pieces, gpt2 or gpt4
-    bpe_characters=100_000_000,  # bpe: learn from so much of the training text, spread evenly
-    val_fraction=0.1,  # share of the text that is held out; of fineweb and others the first file
-    shard_tokens=100_000_000,  # tokens per file, at most
-    max_tokens=0,  # stop when the training split has so many; 0: take everything
-    ready_made=False,  # fineweb and fineweb_edu: download GPT-2 tokens that others have made
-    # documents to leave out
-    filters="",  # any of: gopher repetition c4 fineweb pii (filters.py has them)
-    url_blocklist="",  # a file of domains whose documents (by their column url) are left out
-    language="",  # keep this one, such as en: by the column language, else as py3langid finds
-    language_score=0.65,  # and be so sure of it
-    dedup="",  # leave out copies: exact, or near (MinHash)
+    vocab_size=4096,  # bpe: number of tokens, including the 256 bytes and end-of-text
+    split_pattern="gpt2",  # bpe: the pattern that splits text into words, gpt2 or gpt4
+    bpe_characters=100_000_000,  # bpe: train on this much of the training text, spread evenly
+    val_fraction=0.1,  # share of the text for validation; of datasets on the hub, the first file
+    shard_tokens=100_000_000,  # maximum number of tokens per file
+    max_tokens=0,  # stop when the training split has this many tokens; 0: no limit
+    ready_made=False,  # fineweb, fineweb_edu: download GPT-2 tokens that others have prepared
+    # documents to remove
+    filters="",  # any of: gopher repetition c4 fineweb pii (documents/rules.py describes them)
+    url_blocklist="",  # a file of domains; documents whose column url is in one are removed
+    language="",  # keep only this language, such as en: by the column language, or by py3langid
+    language_score=0.65,  # and only documents whose language is at least this certain
+    dedup="",  # remove copies: exact, or near (MinHash)
 ):
+    # Only look at a dataset, or download one.
+    folder = dataset_folder(dataset)
     if show:
-        return show_dataset(dataset, show)
-    folder, on_hub = dataset_folder(dataset), dataset in ON_THE_HUB and not input
+        return show_dataset(dataset, load_tokenizer(dataset), show, use_colour(sys.stdout))
     if ready_made:
-        with lock(folder):
-            return download_shards(dataset, folder, max_tokens, overwrite)
-    filter_settings = {"filters": filters, "url_blocklist": url_blocklist, "language": language,
-             "language_score": language_score, "dedup": dedup}
-    check(val_fraction, shard_tokens, max_tokens, workers, bad_text)
-    rules.check(filter_settings)
-    kind = tokenizer or ("gpt2" if on_hub else BUILT_IN.get(dataset, "bytes"))
-    spec, source = tokenizer_of(kind, on_hub, vocab_size, split_pattern, bpe_characters)
-    more = rules.columns(filter_settings)
-    with lock(folder):
-        text = Hub(dataset, text_column, more) if on_hub else Files(
-            find_files(dataset, input, folder, suffixes), text_column, bad_text, more)
-        source |= {"text_column": text_column, "bad_text": bad_text, "val_fraction": val_fraction,
-                   "shard_tokens": shard_tokens, "files": text.fingerprint()}
-        source |= {key: value for key, value in (*filter_settings.items(), ("max_tokens", max_tokens))
-                   if value and (key != "language_score" or language)}
-        if url_blocklist:
-            source["url_blocklist"] = hashlib.sha256(Path(url_blocklist).read_bytes()).hexdigest()
-        notes = earlier(folder, source, overwrite)
-        if notes == "done":
+        with preparation.lock_dataset(folder):
+            return download_ready_made(dataset, folder, max_tokens, overwrite)
+
+    # Find mistakes in the settings before anything is read or written.
+    from_hub = dataset in ON_THE_HUB and not input
+    if not tokenizer:
+        tokenizer = "gpt2" if from_hub else BUILT_IN.get(dataset, "bytes")
+    settings = SimpleNamespace(**locals())
+    filter_settings = {key: getattr(settings, key) for key in FILTER_KEYS}
+    check_settings(vars(settings), LIMITS)
+    filter_rules.check_filter_settings(filter_settings)
+    spec = known_spec(settings)
+
+    with preparation.lock_dataset(folder):
+        # Find the text. Has it been prepared already?
+        columns = filter_rules.needed_columns(filter_settings)
+        if from_hub:
+            corpus = Hub(dataset, text_column, columns)
+        else:
+            paths = find_files(dataset, input, folder, suffixes)
+            corpus = Files(paths, text_column, bad_text, columns)
+        recipe = recipe_of(settings, spec, corpus.fingerprint())
+        if preparation.is_prepared(folder, recipe, overwrite):
             print(f"{folder}: already prepared, nothing to do")
             return
-        if on_hub:
-            text.connect()
-        workers = workers or (1 if not on_hub and sum(text.sizes) < SMALL else cores())
-        notes = notes or begin(folder, text, spec, source, filter_settings, input or dataset, workers)
-        write_splits(folder, text, notes, filter_settings, workers)
+
+        # Continue a preparation that was stopped, or plan a new one.
+        if from_hub:
+            corpus.connect()
+        if not workers:
+            workers = choose_workers(corpus)
+        unfinished = preparation.find_unfinished(folder, recipe, overwrite)
+        if unfinished is None:
+            plan = make_plan(folder, corpus, recipe, spec, settings, filter_settings, workers)
+        else:
+            plan = plan_of(unfinished)
+        write_dataset(folder, corpus, plan, filter_settings, workers)
 
 
-# ---------------------------------------------------------------------- before reading
+# ---------------------------------------------------------------------- settings
 
 
-def check(val_fraction, shard_tokens, max_tokens, workers, bad_text):
-    """Raise ValueError for settings that cannot be used."""
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-    if not 1 <= shard_tokens < 2**31:
-        raise UserError(f"shard_tokens={shard_tokens}: must be at least 1 and below 2**31")
-    for key, value in (("max_tokens", max_tokens), ("workers", workers)):
-        if value < 0:
-            raise UserError(f"{key}={value}: must be 0 or more")
-    if bad_text not in ("stop", "skip", "replace"):
-        raise UserError(f"bad_text={bad_text!r}: choose stop, skip or replace")
+def known_spec(settings):
+    """Return what is known of the tokenizer's spec before the text is read; None for bpe.
 
-
-def tokenizer_of(kind, on_hub, vocab_size, split_pattern, bpe_characters):
-    """Return (the tokenizer's spec as far as it is known before reading, what meta.json says)."""
-    if kind == "bpe":
-        check_bpe(vocab_size, split_pattern)
-        if bpe_characters < 1:
-            raise UserError(f"bpe_characters={bpe_characters}: must be at least 1")
-        return None, {"tokenizer": kind, "vocab_size": vocab_size, "split_pattern": split_pattern,
-                      "bpe_characters": bpe_characters}
-    if kind.endswith(".json"):  # the same one elsewhere is the same
-        spec = read_spec(kind)
-        digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
-        return spec, {"tokenizer": "tokenizer.json", "tokenizer_sha256": digest}
-    if kind == "chars" and on_hub:
-        raise UserError("tokenizer='chars' must read all of the text to know its characters, and "
-                         "this is read once, from the hub; choose bytes, gpt2 or bpe")
-    if kind not in ("bytes", "chars", "gpt2"):
-        raise UserError(f"tokenizer={kind!r}: choose bytes, chars, gpt2, bpe or the path of a "
-                         "tokenizer.json")
-    return {"kind": kind}, {"tokenizer": kind}
-
-
-@contextmanager
-def lock(folder):
-    """Keep others from preparing the same dataset. An empty folder does not stay behind. Raises
-    ValueError where another has it, or where the disk is full."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout as error:
-        raise UserError(f"{folder}: another process is preparing it; wait for that, or choose "
-                         "another --dataset=NAME") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        raise UserError(f"{folder}: {error.strerror}; make room and run the same command again, "
-                         "it goes on") from error
-    finally:
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def earlier(folder, source, overwrite):
-    """Return what an earlier preparation of the same left: its notes, "done", or None."""
-    unfinished, meta_path = folder / "UNFINISHED", folder / "meta.json"
-    notes = read_json(unfinished) if unfinished.is_file() else {}
-    if notes.get("state"):
-        if notes["source"] == source:
-            return notes
-        if not overwrite:
-            old = notes["source"]
-            other = ["other files" if key == "files" else f"{key}={old[key]!r}" if key in old
-                     else f"no {key}" for key in {**old, **source}
-                     if old.get(key) != source.get(key)]
-            raise UserError(f"{folder}: a preparation with other settings ({', '.join(other)}) "
-                             "was stopped half-way; finish it with those, or start over with "
-                             "--overwrite=True")
-    if unfinished.exists() or overwrite:
-        return None
-    if meta_path.is_file() and read_json(meta_path).get("source") == source:
-        return "done"
-    if meta_path.is_file() or any(folder.glob("*.bin")):
-        raise UserError(f"{folder} has token files of other text or other settings; replace them "
-                         "with --overwrite=True, or choose another --dataset=NAME")
-    return None
-
-
-def begin(folder, text, spec, source, filter_settings, name, workers):
-    """Read the text as far as its split and its tokenizer need it; make the folder ready; return
-    the notes with which `write_splits` begins."""
-    kind = source["tokenizer"]
-    spec = gpt2_spec() if kind == "gpt2" else spec  # before the text is read
-    facts = {"by": "first file", "documents": 2} if isinstance(text, Hub) else survey(
-        text, source["val_fraction"], kind)
-    if not facts["documents"]:
-        raise UserError(f"{name}: there is no text in its {len(text.paths)} file(s)")
-    chooses = {key for key in filter_settings if filter_settings[key] and key != "language_score"}
-    if facts["documents"] < 2 and chooses and (
-            chooses != {"filters"} or filter_settings["filters"] != "pii"):
-        raise UserError(f"{name}: a single text, and --{chooses.pop()} chooses among documents; "
-                         "give a folder or a .jsonl")
-    if kind == "chars":
-        written = {"c4": ["\n"], "pii": [*rules.EMAILS, *rules.IPS]}  # by filters
-        alphabet = set(facts.pop("alphabet")).union(*(
-            added for name in filter_settings["filters"].split() for added in written.get(name, ())))
-        spec = {"kind": kind, "alphabet": "".join(sorted(alphabet)),
-                "documents": facts["documents"] > 1}
-    if kind == "bpe":
-        spec = learn(text, facts, source, filter_settings, workers)
-    clear(folder)
-    Tokenizer(spec).save(folder)
-    return {"source": source, "facts": facts, "state": None}
-
-
-def cores():
-    """Return the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def clear(folder):
-    """Remove an earlier dataset of ours; others' files stay."""
-    write_atomically(folder / "UNFINISHED", "{}\n")  # while it is there, the folder is not a dataset
-    for old in list(folder.iterdir()):
-        if re.fullmatch(r"(meta|tokenizer)\.json|removed\.jsonl|seen\.tmp"
-                        r"|(train|val)_\d+\.(bin|mask|tmp|bin\.tmp|mask\.tmp)", old.name):
-            old.unlink()
-
-
-def download_shards(dataset, folder, max_tokens, overwrite):
-    """Fetch ready-made token files from Hugging Face's hub, the validation file first.
-
-    meta.json says at once which files there will be, so that training can begin with the first and
-    takes the later ones as they land. A file that is there is not fetched again. Raises UserError
-    for a dataset that has none, or when offline.
+    Raises UserError for a tokenizer that does not exist or does not fit the dataset.
     """
-    meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
-    if not overwrite and ((folder / "UNFINISHED").exists() or meta and "ready_made" not in meta):
-        raise UserError(f"{folder} has token files of other text; replace them with "
-                         "--overwrite=True")
-    if overwrite or "ready_made" not in meta or meta["ready_made"]["max_tokens"] != max_tokens:
-        name, commit, files = corpus.ready_made(dataset)
-        val, train, total = [], [], 0
-        for file, tokens in files.items():
-            if "_val_" in file:
-                val.append({"file": file, "tokens": tokens})
-            elif not 0 < max_tokens <= total:
-                train.append({"file": file, "tokens": tokens})
-                total += tokens
-        meta = {"dataset": folder.name, "tokenizer": "gpt2", "vocab_size": 50257,
-                "order": "by_file",
-                "splits": {split: {"tokens": sum(shard["tokens"] for shard in shards),
-                                   "shards": shards}
-                           for split, shards in (("val", val), ("train", train))},
-                "ready_made": {"from": name, "commit": commit, "max_tokens": max_tokens}}
-        if overwrite:
-            clear(folder)
-            (folder / "UNFINISHED").unlink()
-        write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
-    for split in ("val", "train"):
-        for shard in meta["splits"][split]["shards"]:
-            path = folder / shard["file"]
-            if not path.is_file():
-                corpus.fetch(meta["ready_made"]["from"], meta["ready_made"]["commit"],
-                             shard["file"], folder)
-            *_, count = read_header(path)
-            if count != shard["tokens"]:
-                raise UserError(f"{path}: has {count:,} tokens and should have "
-                                 f"{shard['tokens']:,}; remove it and run the same command again")
-            print(f"{path}: {count:,} tokens", flush=True)
-    print(f"{folder}: {meta['splits']['train']['tokens']:,} tokens for training")
+    name = settings.tokenizer
+    if name == "bpe":
+        check_bpe(settings.vocab_size, settings.split_pattern)
+        return None
+    if name.endswith(".json"):
+        return read_spec(name)
+    if name == "chars" and settings.from_hub:
+        raise UserError("tokenizer='chars' must read all of the text to know its characters, and "
+                        "a dataset on the hub is read once; choose bytes, gpt2 or bpe")
+    if name not in ("bytes", "chars", "gpt2"):
+        raise UserError(f"tokenizer={name!r}: choose bytes, chars, gpt2, bpe or the path of a "
+                        "tokenizer.json")
+    return {"kind": name}
 
 
-def write_splits(folder, text, notes, filter_settings, workers):
-    """Tokenize the text into both splits' files, from where the notes say on; write and return
-    meta.json."""
-    facts, source, state = notes["facts"], notes["source"], notes["state"] or {}
-    tokenizer, many = Tokenizer.load(folder), facts["documents"] > 1
-    limits = {"train": source.get("max_tokens") or 1 << 62,
-              "val": source["shard_tokens"] if facts["by"] == "first file" else 1 << 62}
+def recipe_of(settings, spec, fingerprint):
+    """Return all that the prepared files depend on: the settings, and which text it is.
+
+    It becomes "source" in meta.json, the record of how the dataset was made, and a dataset whose
+    recipe is equal is not prepared again. Settings that are off are left out.
+    """
+    # The tokenizer. One from a file is the same under any path.
+    recipe = {"tokenizer": settings.tokenizer}
+    if settings.tokenizer == "bpe":
+        for key in ("vocab_size", "split_pattern", "bpe_characters"):
+            recipe[key] = getattr(settings, key)
+    elif settings.tokenizer.endswith(".json"):
+        digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+        recipe = {"tokenizer": "tokenizer.json", "tokenizer_sha256": digest}
+
+    # The text, and how it is read and split.
+    for key in ("text_column", "bad_text", "val_fraction", "shard_tokens"):
+        recipe[key] = getattr(settings, key)
+    recipe["files"] = fingerprint
+
+    # Which documents are left out, and where it ends.
+    for key in (*FILTER_KEYS, "max_tokens"):
+        if getattr(settings, key):
+            recipe[key] = getattr(settings, key)
+    if not settings.language:
+        recipe.pop("language_score", None)
+    if settings.url_blocklist:
+        recipe["url_blocklist"] = hash_file(settings.url_blocklist)
+    return recipe
+
+
+def choose_workers(corpus):
+    """Return 1 for a small corpus, else how many processor cores this process may use."""
+    if isinstance(corpus, Files) and sum(corpus.sizes) < SMALL_CORPUS:
+        return 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+class Plan(NamedTuple):
+    """How to prepare a dataset, from the start or from where it was stopped."""
+
+    recipe: dict
+    survey: Survey
+    progress: dict  # what `save_progress` saved last; {} at the start
+
+
+def plan_of(unfinished):
+    """Return the Plan of a stopped preparation, which `save_progress` wrote."""
+    facts = unfinished["facts"]
+    survey = Survey(facts["documents"], facts.get("characters", 0), facts["by"])
+    return Plan(unfinished["source"], survey, unfinished["state"])
+
+
+def make_plan(folder, corpus, recipe, spec, settings, filter_settings, workers):
+    """Read as much of the text as its split and its tokenizer depend on; then clear the folder,
+    write tokenizer.json and return the Plan."""
+    # GPT-2's tokenizer may have to be downloaded: do it before the text is read.
+    if settings.tokenizer == "gpt2":
+        spec = gpt2_spec()
+
+    # Text on the hub is not read ahead: the first token file is for validation.
+    if settings.from_hub:
+        survey = Survey(documents=2, characters=0, split_by="first file")
+    else:
+        survey = survey_corpus(corpus, settings.val_fraction, settings.tokenizer,
+                               Progress("reading", corpus.share_done).show)
+    check_survey(survey, corpus, settings)
+
+    # Make the tokenizers that depend on the text.
+    if settings.tokenizer == "chars":
+        spec |= {"alphabet": alphabet_of(survey, settings.filters),
+                 "documents": survey.documents > 1}
+    elif settings.tokenizer == "bpe":
+        spec = train_tokenizer(corpus, survey, recipe, filter_settings, workers)
+    preparation.clear_dataset(folder)
+    Tokenizer(spec).save(folder)
+    return Plan(recipe, survey, progress={})
+
+
+def check_survey(survey, corpus, settings):
+    """Raise UserError if there is no text, or if filters would choose among a single document."""
+    name = settings.input or settings.dataset
+    if not survey.documents:
+        raise UserError(f"{name}: there is no text in its {len(corpus.paths)} file(s)")
+    choosing = [key for key in FILTER_KEYS if getattr(settings, key) and key != "language_score"]
+    # pii only changes documents, so it may be used on a single one.
+    if settings.filters == "pii":
+        choosing.remove("filters")
+    if survey.documents < 2 and choosing:
+        raise UserError(f"{name}: a single text, and --{choosing[0]} chooses among documents; "
+                        "give a folder or a .jsonl")
+
+
+def alphabet_of(survey, filters):
+    """Return all characters of the filtered text, in order."""
+    characters = set(survey.alphabet)
+    # c4 writes line breaks between the lines that it keeps, and pii its own addresses.
+    if "c4" in filters.split():
+        characters.add("\n")
+    if "pii" in filters.split():
+        characters.update(*EMAILS, *IPS)
+    return "".join(sorted(characters))
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write_dataset(folder, corpus, plan, filter_settings, workers):
+    """Filter and tokenize the text into the files of both splits, then write meta.json."""
+    recipe, survey, progress = plan
+    tokenizer = Tokenizer.load(folder)
+    limits = {"train": recipe.get("max_tokens", preparation.NO_LIMIT), "val": preparation.NO_LIMIT}
+    if survey.split_by == "first file":
+        limits["val"] = recipe["shard_tokens"]
+    # When the split is by position, the text for validation comes after all of the training text.
+    stop_when_full = survey.split_by != "position"
+
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(ShardWriter(
-            folder, split, tokenizer.vocab_size, source["shard_tokens"], state.get(split)))
-            for split in ("train", "val")}
-        removed = dedup.Removed(folder, filter_settings, state.get("removed"))
-        stack.callback(removed.close)
-        place, dropped = state.get("place"), state.get("dropped", False)
-        if state:
-            print(f"{folder}: going on after {removed.read:,} documents and "
-                  f"{sum(w.totals['tokens'] for w in writers.values()):,} tokens")
+        # Open the files and the text at the point where a stopped preparation left them.
+        writers = stack.enter_context(
+            preparation.SplitWriters(folder, tokenizer, recipe["shard_tokens"], limits, progress))
+        removals = dedup.RemovalLog(folder, filter_settings, progress.get("removed"))
+        stack.callback(removals.close)
+        position, document_removed = progress.get("place"), progress.get("dropped", False)
+        if progress:
+            print(f"{folder}: going on after {removals.read:,} documents and "
+                  f"{writers.tokens:,} tokens")
+        units = work_units(corpus, survey, recipe["val_fraction"], position)
+        encoded_units = encode_units(units, tokenizer.spec, filter_settings, workers)
+        stack.callback(encoded_units.close)
+        progress_line = Progress("tokenizing", partial(share_done, corpus, writers), writers.tokens)
+        saved_at, saved_shards = time.monotonic(), writers.finished_shards
 
-        def note():
-            made = {split: writer.state() for split, writer in writers.items()}
-            now = {**made, "removed": removed.state(), "place": place, "dropped": dropped}
-            write_atomically(folder / "UNFINISHED", json.dumps(notes | {"state": now}) + "\n")
-            for writer in writers.values():
-                writer.publish()
-
-        show = progress(text, "tokenizing", removed, writers, limits["train"])
-        results = encoded(units(text, facts, source["val_fraction"], place), tokenizer.spec,
-                          filter_settings, workers)
-        stack.callback(results.close)
-        noted, finished = time.monotonic(), sum(len(w.shards) for w in writers.values())
-        for unit, place, result in results:  # noqa: B007 (note reads it)
-            if facts["by"] != "position" and (
-                    writers["train"].totals["tokens"] >= limits["train"]):
+        for unit, encoded_pieces in encoded_units:
+            if stop_when_full and writers.is_full("train"):
                 break
-            for (split, starts, piece, row), (reason, ids, size, keys) in zip(
-                    unit, result, strict=True):
-                if starts or not many:
-                    dropped = removed.add(piece, row, reason, keys) if many else False
-                eot = tokenizer.eot if starts else None
-                for name in () if dropped else [split] if split else ["val", "train"]:
-                    ids, size, eot = fill(writers[name], limits[name], tokenizer, ids, size, eot)
-            now = sum(len(w.shards) for w in writers.values())
-            if now > finished or time.monotonic() - noted > NOTE:
-                note()
-                noted, finished = time.monotonic(), now
-            show()
-        splits = {split: writer.finish() for split, writer in writers.items()}
-        if empty := [split for split, info in splits.items() if not info["tokens"]]:
-            clear(folder)
-            (folder / "UNFINISHED").unlink()
-            raise UserError(f"{folder}: no tokens are left for the {empty[0]} split "
-                             f"({removed.read:,} documents, {removed.counts.total():,} removed"
-                             + (f", most for {removed.counts.most_common(1)[0][0]!r}" if
-                                removed.counts else "") + "); "
-                             "filter less, give more text, or use a larger --max_tokens or a "
-                             "smaller --shard_tokens")
-        note()
-    meta = {"dataset": folder.name, "tokenizer": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size, "splits": splits, "source": source}
-    if removed.samples:
-        meta["removed"] = {"documents_read": removed.read, **removed.counts}
-        say_removed(removed, folder)
-    if tokenizer.kind == "bpe":
-        meta["compared"] = compare(folder / splits["val"]["shards"][0]["file"], tokenizer)
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
-    (folder / "seen.tmp").unlink(missing_ok=True)
+
+            # Write the documents that are not removed. A long one may go on in the next unit.
+            for piece, encoded in zip(unit.pieces, encoded_pieces, strict=True):
+                if piece.starts_document:
+                    document_removed = removals.add(
+                        piece.text, piece.columns, encoded.removed_because, encoded.dedup_keys)
+                if not document_removed:
+                    writers.put(piece.split, piece.starts_document, encoded.ids, encoded.byte_count)
+            position = unit.position
+
+            # Save the progress after each finished file, and every few seconds.
+            overdue = time.monotonic() - saved_at > SAVE_INTERVAL
+            if overdue or writers.finished_shards > saved_shards:
+                save_progress(folder, plan, writers, removals, position, document_removed)
+                saved_at, saved_shards = time.monotonic(), writers.finished_shards
+            progress_line.show(removals.read, writers.tokens)
+
+        splits = writers.finish()
+        refuse_empty_split(folder, splits, removals)
+        save_progress(folder, plan, writers, removals, position, document_removed)
+    write_meta(folder, plan, tokenizer, splits, removals)
+
+
+def share_done(corpus, writers):
+    """Return the share of the work that is done: of the text, or of the tokens asked for."""
+    return max(corpus.share_done(), writers.tokens / writers.limits["train"])
+
+
+def save_progress(folder, plan, writers, removals, position, document_removed):
+    """Save from where another process can go on; then publish the files that are finished."""
+    survey = plan.survey
+    facts = {"documents": survey.documents, "characters": survey.characters, "by": survey.split_by}
+    state = {**writers.state(), "removed": removals.state(), "place": position,
+             "dropped": document_removed}
+    preparation.save_unfinished(folder, {"source": plan.recipe, "facts": facts, "state": state})
+    writers.publish()
+
+
+def refuse_empty_split(folder, splits, removals):
+    """Raise UserError where a split has no tokens, and leave nothing of the dataset behind."""
+    empty = [split for split, info in splits.items() if not info["tokens"]]
+    if not empty:
+        return
+    preparation.clear_dataset(folder)
     (folder / "UNFINISHED").unlink()
+
+    # Name the most common reason, for it is the filter to look at.
+    counts = f"{removals.read:,} documents, {removals.counts.total():,} removed"
+    if removals.counts:
+        reason, _ = removals.counts.most_common(1)[0]
+        counts += f", most for {reason!r}"
+    raise UserError(f"{folder}: no tokens are left for the {empty[0]} split ({counts}); filter "
+                    "less, give more text, a larger --max_tokens or a smaller --shard_tokens")
+
+
+def write_meta(folder, plan, tokenizer, splits, removals):
+    """Write meta.json, which finishes the dataset, and print what is in it."""
+    meta = {"dataset": folder.name, "tokenizer": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size, "splits": splits, "source": plan.recipe}
+    # Add and print what was removed, and how a vocabulary that was trained here compares.
+    if removals.samples:
+        meta["removed"] = {"documents_read": removals.read, **removals.counts}
+        report_removals(removals, folder)
+    if tokenizer.kind == "bpe":
+        meta["compared"] = compare_with_gpt2(folder / splits["val"]["shards"][0]["file"], tokenizer)
+    preparation.finish_dataset(folder, meta)
+
+    # Print the sizes.
     for split, info in splits.items():
-        documents = f", {info['documents']:,} documents" if many else ""
-        print(f"{split}: {info['tokens']:,} tokens of {info['bytes'] / info['tokens']:.2f} bytes"
-              f"{documents}, {len(info['shards'])} file(s)")
+        line = f"{split}: {info['tokens']:,} tokens of {info['bytes'] / info['tokens']:.2f} bytes"
+        if plan.survey.documents > 1:
+            line += f", {info['documents']:,} documents"
+        print(f"{line}, {len(info['shards'])} file(s)")
     print(f"{folder}: done; tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}")
 
 
-def fill(writer, limit, tokenizer, ids, size, eot):
-    """Write what fits of a text's ids; return the ids, bytes and end-of-text that are left."""
-    room = limit - writer.totals["tokens"] - (eot is not None)
-    if room < 0 or not room and eot is None:
-        return ids, size, eot
-    fits = ids[:room]
-    taken = size if len(fits) == len(ids) else len(tokenizer.decode_bytes(fits.tolist()))
-    if len(fits) or eot is not None:
-        writer.add(fits, taken, eot)
-    return ids[room:], size - taken, None
-
-
-def say_removed(removed, folder):
-    total = removed.counts.total()
-    print(f"removed {total:,} of {removed.read:,} documents ({total / max(1, removed.read):.1%}), "
-          f"samples in {folder / 'removed.jsonl'}:")
-    for reason, count in removed.counts.most_common():
+def report_removals(removals, folder):
+    total, share = removals.counts.total(), removals.counts.total() / max(1, removals.read)
+    print(f"removed {total:,} of {removals.read:,} documents ({share:.1%}), samples in "
+          f"{folder / 'removed.jsonl'}:")
+    for reason, count in removals.counts.most_common():
         print(f"  {count:>9,}  {reason}")
 
 
-def compare(path, tokenizer):
-    """Print and return bytes per token of the first 2**20 tokens of a held-out file, without its
-    end-of-text tokens, and what gpt2 needs for the same text: {bytes, tokens, gpt2_tokens}."""
+def compare_with_gpt2(path, tokenizer):
+    """Print how many bytes a token stands for, here and in GPT-2's vocabulary, by the first 2**20
+    tokens of a validation file; return the counts: {tokens, bytes, gpt2_tokens}."""
+    # Turn the tokens into texts again, one for each document.
     dtype, offset, count = read_header(path)
-    texts = [[]]
-    for i in np.fromfile(path, dtype, min(count, 2**20), offset=offset).tolist():
-        texts.append([]) if i == tokenizer.eot else texts[-1].append(i)
-    found = {"tokens": sum(map(len, texts))}
-    texts = [tokenizer.decode(ids) for ids in texts]
-    found["bytes"] = sum(len(text.encode()) for text in texts)
+    ids = np.fromfile(path, dtype, min(count, 2**20), offset=offset)
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
+    documents = [document[document != tokenizer.eot].tolist() for document in documents]
+    texts = [tokenizer.decode(document) for document in documents]
+    byte_count = sum(len(text.encode()) for text in texts)
+    counts = {"tokens": sum(map(len, documents)), "bytes": byte_count}
+    comparison = f"{byte_count / counts['tokens']:.3f}"
+
+    # Tokenize them with GPT-2's tokenizer, which may have to be downloaded.
     try:
         gpt2 = Tokenizer(gpt2_spec())
-        found["gpt2_tokens"] = sum(len(gpt2.encode(text)) for text in texts)
-        of_gpt2 = f"gpt2 {found['bytes'] / found['gpt2_tokens']:.3f}"
-    except ValueError:
-        of_gpt2 = "gpt2's files are not to be had here"
-    print(f"bytes per token on {found['bytes']:,} bytes of held-out text: this vocabulary of "
-          f"{tokenizer.vocab_size:,} {found['bytes'] / found['tokens']:.3f}, {of_gpt2}")
-    return found
-
-
-# ---------------------------------------------------------------------- looking at it
-
-
-def show_dataset(dataset, count):
-    """Print the sizes of a prepared dataset, its most common tokens, and random documents with the
-    boundaries of their tokens visible: by colour on a terminal, else by |."""
-    tokenizer, rng = load_tokenizer(dataset), np.random.default_rng()
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for split in ("train", "val"):
-        reader = TokenReader(dataset, split)
-        size = reader.bytes_per_token
-        documents = ((reader.meta or {}).get("splits", {}).get(split, {})).get("documents")
-        print(f"{split}: {reader.tokens:,} tokens"
-              + (f", {round(size * reader.tokens):,} bytes ({size:.3f} per token)" if size else "")
-              + (f", {documents:,} documents" if documents else "")
-              + f", {len(reader.paths)} file(s)")
-    reader = TokenReader(dataset, "train")
-    landed = next((first for first, path in zip(reader.firsts, reader.paths, strict=True)
-                   if not path.is_file()), reader.tokens)
-    if not landed:
-        raise UserError(f"{reader.paths[0]}: is not there yet; look again when it is")
-    length = min(4096, landed)
-    places = np.linspace(0, landed - length, 256).astype(np.int64)
-    counts = np.bincount(reader.rows(places, length).ravel(), minlength=tokenizer.vocab_size)
-    common = [f"{visible(tokenizer, i)} {counts[i] / counts.sum():.1%}"
-              for i in np.argsort(-counts, kind="stable")[:20] if counts[i]]
-    print(f"tokenizer {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}, of which "
-          f"{np.count_nonzero(counts):,} in {len(places) * length:,} tokens looked at; the most "
-          f"common: {'  '.join(common)}")
-    for start in rng.integers(0, landed - length + 1, count):
-        ids = reader.rows(np.array([start]), length)[0]
-        begins = np.flatnonzero(ids == tokenizer.eot) if tokenizer.eot is not None else ()
-        first = begins[0] + 1 if len(begins) else 0  # in a long document: its middle
-        last = begins[1] if len(begins) > 1 else length
-        shown = ids[first:min(last, first + 256)].tolist()
-        print(f"\n--- tokens {start + first:,} to {start + first + len(shown):,}"
-              + ("" if len(begins) else ", from the middle of a document"))
-        print(boundaries(tokenizer, shown, colour))
-
-
-def visible(tokenizer, i):
-    return json.dumps(tokenizer.decode([i]), ensure_ascii=False)
-
-
-def boundaries(tokenizer, ids, colour):
-    """Return the text of ids with each token set apart. Bytes of a character that several tokens
-    share are shown with the last of them."""
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    parts = [decode(tokenizer.decode_bytes([i])) for i in ids] + [decode(b"", final=True)]
-    parts = list(filter(None, parts))
-    if not colour:
-        return "|".join(parts)
-    return "".join(f"\033[{(44, 45, 42, 46)[n % 4]};97m{part}\033[0m" for n, part in
-                   enumerate(parts))
+        counts["gpt2_tokens"] = sum(len(gpt2.encode(text)) for text in texts)
+        comparison += f", gpt2 {byte_count / counts['gpt2_tokens']:.3f}"
+    except UserError:
+        comparison += ", GPT-2's tokenizer is not available here"
+    print(f"bytes per token on {byte_count:,} bytes of held-out text: this vocabulary of "
+          f"{tokenizer.vocab_size:,} {comparison}")
+    return counts
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw text from a trained model. A checkpoint's folder is all it needs.
+"""Sample text from a trained model. A checkpoint's folder is all that it needs.
 
     python sample.py --out_dir=out/stdlib --start="def main("
     python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0
@@ -7,124 +7,153 @@
 
 import codecs
 import sys
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
 import torch
 
-from configurator import UserError, run
+from configurator import UserError, check_settings, run
 from formats.checkpoint import find_checkpoint, load_model
-from inference.generate import cast_weights, generate, next_tokens
+from formats.huggingface import load_gpt2
+from inference.generate import Sampling, cast_weights, generate
 from runtime.cpu import tune_cpu
 from runtime.kernels import compile_model
 from runtime.processes import setup
 from runtime.seeds import seed_for
 from text.tokenizer import Tokenizer, gpt2_spec
 
+LIMITS = {"num_samples": ">= 1", "max_new_tokens": ">= 1", "batch_size": ">= 1",
+          "temperature": ">= 0", "top_k": ">= 0", "top_p": "> 0, <= 1",
+          "checkpoint": ("best", "latest")}
+
 
 def main(
+    # the model
     init_from="resume",  # resume: the run in out_dir; or a checkpoint's folder, gpt2, gpt2-xl, ...
-    out_dir="",  # the run's folder ('': the newest run in out/)
+    out_dir="",  # the run's folder; '': the newest run in out/
     checkpoint="best",  # which of the run's checkpoints: best or latest
+    # the prompt and its samples
     start="\n",  # the prompt; FILE:path reads a file, - standard input; <|endoftext|> is its token
-    num_samples=10,  # samples to draw
-    max_new_tokens=500,  # tokens in each, at most; a sample ends at end of text
-    temperature=0.8,  # 0: always the likeliest token; 1: the model's own probabilities
-    top_k=200,  # draw among the k likeliest tokens only; 0: among all
-    top_p=1.0,  # and of those among the fewest that have this probability together; 1: all
-    batch_size=10,  # samples drawn together, which costs little more time than one, but memory
-    seed=1337,  # of the drawing; the same on every device
-    device="auto",  # cuda, mps, cpu, cuda:1
-    dtype="auto",  # of matrix products: bfloat16 where native, else float32; float16
-    compile="False",  # torch.compile: True, False, auto
+    num_samples=10,  # how many samples to draw
+    max_new_tokens=500,  # most tokens to add to the prompt; a sample also ends at end of text
+    batch_size=10,  # samples drawn together; more need more memory, and hardly more time
+    # how a token is drawn
+    temperature=0.8,  # 0: always the most probable token; 1: the model's own probabilities
+    top_k=200,  # draw among this many most probable tokens only; 0: among all
+    top_p=1.0,  # nucleus sampling: the smallest set of tokens with this total probability; 1: off
+    seed=1337,  # of the random draws; a seed means the same on every device
+    # the hardware
+    device="auto",  # auto, cpu, mps, cuda or, of several GPUs, cuda:1
+    dtype="auto",  # of matrix products: float32, bfloat16, float16; auto: bfloat16 where native
+    compile="False",  # use torch.compile: True, False, or auto: where the device gains from it
 ):
-    for key, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens),
-                       ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{key}={value}: must be 1 or more")
-    if temperature < 0 or top_k < 0:
-        raise UserError(f"temperature={temperature}, top_k={top_k}: neither may be below 0")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
-    if checkpoint not in ("best", "latest"):
-        raise UserError(f"checkpoint={checkpoint!r}: choose best or latest; for another one give "
-                         "its folder with --init_from=")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
+    check_settings(locals(), LIMITS)
+    # A terminal that lacks a character shows a question mark.
+    sys.stdout.reconfigure(errors="replace")
     runtime = setup(device, dtype)
     tune_cpu(runtime.device)
-    prompt = read_prompt(start)
-    if init_from == "resume" or Path(init_from).is_dir():
-        folder = init_from if init_from != "resume" else out_dir or newest_run(Path("out"))
-        folder = find_checkpoint(folder, checkpoint)
-        print(folder, file=sys.stderr)
-        model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    else:
-        from formats.huggingface import load_gpt2
 
-        model, tokenizer = load_gpt2(init_from), Tokenizer(gpt2_spec())
-    ids = tokenizer.encode_prompt(prompt) or [tokenizer.eot]
-    if ids == [None]:
-        raise UserError("start='': this model has no token to begin with; give it some text")
-    cast_weights(model.to(runtime.device).eval(), runtime.dtype)
-    step = partial(next_tokens, model, tokenizer.vocab_size, temperature, top_k, top_p, runtime)
-    fixed_step = None
-    if compile_model(step, compile, runtime) is not step:
-        fixed_step = torch.compile(step, mode="reduce-overhead", fullgraph=True)  # one CUDA graph
+    # The prompt, as token ids. An empty one becomes the token with which documents begin.
+    prompt = read_prompt(start)
+    model, tokenizer = load_model_and_tokenizer(init_from, out_dir, checkpoint)
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    if not prompt_ids:
+        if tokenizer.eot is None:
+            raise UserError("start='': this model has no end-of-text token; give it a prompt")
+        prompt_ids = [tokenizer.eot]
+
+    # The model, ready to sample from. compile_model returns it as it is where it cannot compile.
+    model.to(runtime.device).eval()
+    cast_weights(model, runtime.dtype)
+    compiled = compile_model(model, compile, runtime) is not model
+
+    # The samples, a batch at a time. Each has a generator of its own, so that it is the same
+    # whatever the batch size is.
+    sampling = Sampling(temperature, top_k, top_p, tokenizer.vocab_size)
     for first in range(0, num_samples, batch_size):
-        generators = [torch.Generator().manual_seed(seed_for(seed, "sample", number))
-                      for number in range(first, min(first + batch_size, num_samples))]
-        write_texts(tokenizer, ids, len(generators), generate(
-            model, step, ids, generators, max_new_tokens, tokenizer.eot, runtime, fixed_step))
+        numbers = range(first, min(first + batch_size, num_samples))
+        generators = [torch.Generator().manual_seed(seed_for(seed, "sample", i)) for i in numbers]
+        steps = generate(model, prompt_ids, generators, max_new_tokens, sampling, tokenizer.eot,
+                         runtime, compiled)
+        print_samples(steps, len(numbers), prompt_ids, tokenizer)
 
 
 def read_prompt(start):
     """Return the prompt: the text itself, a file's (FILE:path) or standard input's (-)."""
-    if start != "-" and not start.startswith("FILE:"):
-        return start
     try:
         if start == "-":
             return TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"start={start!r}: cannot be read as UTF-8 text "
-                         f"({getattr(error, 'strerror', None) or error})") from error
+        if start.startswith("FILE:"):
+            return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"start={start!r}: cannot be read ({error.strerror}); name a file of "
+                        "text") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"start={start!r}: is not UTF-8 text ({error}); convert it") from error
+    return start
+
+
+def load_model_and_tokenizer(init_from, out_dir, checkpoint):
+    """Return the GPT and the Tokenizer of a checkpoint, whose folder is printed, or of GPT-2."""
+    if init_from == "resume" and out_dir:
+        folder = out_dir
+    elif init_from == "resume":
+        folder = newest_run(Path("out"))
+    elif Path(init_from).is_dir():
+        folder = init_from
+    else:
+        return load_gpt2(init_from), Tokenizer(gpt2_spec())
+    folder = find_checkpoint(folder, checkpoint)
+    print(folder, file=sys.stderr)
+    return load_model(folder), Tokenizer.load(folder)
 
 
 def newest_run(folder):
-    """Return the run in `folder` (itself, or below it) that was saved last."""
-    pointers = [folder / "latest", *folder.glob("*/latest")]
-    pointers = sorted((p for p in pointers if p.is_file()), key=lambda p: p.stat().st_mtime)
+    """Return the run that saved a checkpoint last: `folder` itself or a folder in it."""
+    # Each checkpoint that a run saves rewrites the run's file `latest`.
+    pointers = [path for path in (folder / "latest", *folder.glob("*/latest")) if path.is_file()]
     if not pointers:
-        raise UserError(f"{folder}/ holds no run yet; train one with python train.py, or name a "
-                         "run's folder with --out_dir=")
-    return pointers[-1].parent
+        raise UserError(f"{folder}/ has no run yet; train one with python train.py, or name a "
+                        "run's folder with --out_dir=")
+    return max(pointers, key=lambda path: path.stat().st_mtime).parent
 
 
-def write_texts(tokenizer, prompt_ids, count, steps):
-    """Print the samples of a batch: the first as it comes, the others after it."""
-    others = [[] for _ in range(count - 1)]
+def print_samples(steps, count, prompt_ids, tokenizer):
+    """Print a batch of `count` samples. steps: what `generate` yields."""
+    # Print the first sample while it is drawn, and collect the others.
+    printer = TokenPrinter(tokenizer)
+    printer.print(prompt_ids)
+    other_samples = [[] for _ in range(count - 1)]
+    for first_id, *other_ids in steps:
+        if first_id is not None:
+            printer.print([first_id])
+        for sample, new_id in zip(other_samples, other_ids, strict=True):
+            if new_id is not None:
+                sample.append(new_id)
+    printer.end()
 
-    def first_ids():
-        for first, *rest in steps:
-            for ids, token in zip(others, rest, strict=True):
-                if token is not None:
-                    ids.append(token)
-            if first is not None:
-                yield first
+    # Print the others.
+    for sample in other_samples:
+        printer = TokenPrinter(tokenizer)
+        printer.print(prompt_ids + sample)
+        printer.end()
 
-    for new_ids in (first_ids(), *others):
-        write_text(tokenizer, prompt_ids, new_ids)
+
+class TokenPrinter:
+    """Prints the text of one sample as its tokens come."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        # A character may consist of several tokens: its first bytes wait here for the last one.
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def print(self, ids):
+        text = self.decoder.decode(self.tokenizer.decode_bytes(ids))
+        print(text, end="", flush=True)
+
+    def end(self):
+        print(self.decoder.decode(b"", final=True))
         print("---------------", flush=True)
-
-
-def write_text(tokenizer, prompt_ids, new_ids):
-    """Print the prompt and then each token as it comes, holding back half of a UTF-8 character."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    print(decoder.decode(tokenizer.decode_bytes(prompt_ids)), end="", flush=True)
-    for token in new_ids:
-        print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":

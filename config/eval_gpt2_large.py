@@ -1,6 +1,7 @@
-# The loss of OpenAI's GPT-2 774M on OpenWebText's validation split.
-#   python train.py config/eval_gpt2_large.py                 (needs data/openwebtext)
-# Published: validation loss 2.67 (nanoGPT's README, on its split). Minutes on a GPU.
+# Evaluate OpenAI's GPT-2 774M on the validation split of OpenWebText, without training it.
+#   python prepare.py --dataset=openwebtext
+#   python train.py config/eval_gpt2_large.py
+# Published: validation loss 2.67 (nanoGPT's README, on its own split).
 
 init_from = "gpt2-large"
 dataset = "openwebtext"

@@ -1,6 +1,7 @@
-# The loss of OpenAI's GPT-2 1558M on OpenWebText's validation split.
-#   python train.py config/eval_gpt2_xl.py                 (needs data/openwebtext)
-# Published: validation loss 2.54 (nanoGPT's README, on its split). Minutes on a GPU.
+# Evaluate OpenAI's GPT-2 1558M on the validation split of OpenWebText, without training it.
+#   python prepare.py --dataset=openwebtext
+#   python train.py config/eval_gpt2_xl.py
+# Published: validation loss 2.54 (nanoGPT's README, on its own split).
 
 init_from = "gpt2-xl"
 dataset = "openwebtext"

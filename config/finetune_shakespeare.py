@@ -1,7 +1,7 @@
-# Finetune GPT-2 XL on Shakespeare: nanoGPT's settings; --init_from=gpt2 for a smaller one.
+# Finetune OpenAI's GPT-2 XL on Shakespeare, with nanoGPT's settings.
 #   python prepare.py --dataset=shakespeare
 #   python train.py config/finetune_shakespeare.py
-# Some minutes on one GPU of 40 GB and more. No loss was published; not yet measured with this code.
+# It needs a GPU of 40 GB or more; --init_from=gpt2 takes the smallest GPT-2 instead.
 
 init_from = "gpt2-xl"
 dataset = "shakespeare"
@@ -12,7 +12,8 @@ eval_interval = 5
 eval_iters = 40
 always_save_checkpoint = False
 
-# 32 sequences of 1,024 tokens; Shakespeare has 301,966, so an epoch is about 9 iterations
+# 32 sequences of 1,024 tokens per iteration; Shakespeare has 301,966 tokens for training, so an
+# epoch is about 9 iterations
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

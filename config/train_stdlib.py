@@ -1,6 +1,10 @@
-# A small GPT-2 on the source of Python's standard library, byte by byte: what `make train` runs.
+# A small GPT-2 on the source code of Python's standard library, byte by byte. This is what
+# `python train.py` trains when no config file is given.
 #   python prepare.py
-#   python train.py config/train_stdlib.py
+#   python train.py
+# Measured on 2 CPU cores: validation loss 1.53 nats per byte after 2.6 minutes. With
+# config/modern.py on top it ends at 1.08, and at 1.22 after half of the iterations, which is what
+# `make train` does (experiments/recipe.md).
 
 dataset = "stdlib"
 

@@ -1,12 +1,11 @@
-"""What bench.py runs of others, each in a process of its own, in the folder of their checkout:
+"""Measure others for bench.py, each in a process of its own, in the folder of their checkout.
 
-    python experiments/peers.py steps --batch_size=12 ...   # nanoGPT's train.py with these flags
-    python experiments/peers.py sample '{"n_layer": 12, ...}'      # its model.py's generate
-    python experiments/peers.py transformers '{"n_layer": 12, ...}'  # Hugging Face's generate
-    python experiments/peers.py tiktoken TEXTS.jsonl THREADS  # encode_ordinary_batch alone
-    python experiments/peers.py prepare TEXTS.jsonl SCRIPT   # its openwebtext script, of those
+    python experiments/peers.py train SPEC    # nanoGPT; or memory, sample, prepare, start
+    python experiments/peers.py transformers SPEC   # Hugging Face's generate
+    python experiments/peers.py tiktoken SPEC       # encode_ordinary_batch alone
 
-Their files are imported as they are. The last line that is printed is JSON.
+SPEC is JSON: the options of bench.py, the settings of train.py, and what bench.measure_peer adds.
+Their files are imported as they are. The last line that is printed is JSON: the figures.
 """
 
 import contextlib
@@ -15,32 +14,56 @@ import json
 import re
 import runpy
 import statistics
+import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
+
+# settings that nanoGPT's train.py has too
+SETTINGS = ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
+            "learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "dataset", "device")
+# the sizes that its GPTConfig has too
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
-def steps(*flags):
-    """Milliseconds of each iteration as train.py logs them, and the memory that came on top of the
-    process as it was when torch was imported."""
+def train_flags(spec):
+    """Return the flags that give nanoGPT's train.py our settings; on a CPU those of its README."""
+    flags = [f"--{key}={spec[key]}" for key in SETTINGS]
+    flags += [f"--gradient_accumulation_steps={spec['micro_steps']}", "--eval_iters=1",
+              "--log_interval=1", f"--out_dir={spec['folder']}/peer"]
+    if not spec["compiles"]:
+        flags.append("--compile=False")
+    return flags
+
+
+def train(spec):
+    """Suites train and memory: the median milliseconds of an iteration, as train.py logs them, and
+    the memory that came on top of the process as it was when torch was imported."""
     import numpy  # noqa: F401
     import torch
 
-    before, out = resident("VmRSS"), io.StringIO()
-    sys.argv = ["train.py", *flags]
-    with contextlib.redirect_stdout(out):
+    # It counts iterations from 0, and the last one is max_iters.
+    before = resident_memory("VmRSS")
+    sys.argv = ["train.py", *train_flags(spec), "--eval_interval=1000000",
+                f"--max_iters={spec['warmup'] + spec['iterations'] - 1}"]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         runpy.run_path("train.py", run_name="__main__")
-    memory = resident("VmHWM") - before
+    memory = resident_memory("VmHWM") - before
     if torch.cuda.is_initialized():
         memory = torch.cuda.max_memory_allocated()
-    times = re.findall(r"time ([0-9.]+)ms", out.getvalue())
-    return {"ms": [float(ms) for ms in times], "memory_mb": memory / 1e6}
+
+    times = re.findall(r"time ([0-9.]+)ms", output.getvalue())
+    ms = statistics.median(float(text) for text in times[spec["warmup"]:])
+    tokens = spec["micro_steps"] * spec["batch_size"] * spec["block_size"]
+    return {"ms": ms, "tokens_per_s": 1000 * tokens / ms, "memory_mb": memory / 1e6}
 
 
-def resident(kind):
+def resident_memory(key):
     """Return the bytes of memory that this process has, VmRSS, or has had at most, VmHWM."""
     try:
         with open("/proc/self/status") as file:
-            return 1024 * int(re.search(rf"{kind}:\s+(\d+)", file.read())[1])
+            return 1024 * int(re.search(rf"{key}:\s+(\d+)", file.read())[1])
     except FileNotFoundError:
         import resource
 
@@ -48,22 +71,24 @@ def resident(kind):
 
 
 def sample(spec):
-    """It reads the whole sequence for each token: the seconds of one token are measured at five
-    lengths, and integrated with trapezoids."""
+    """nanoGPT reads the whole sequence for each token: the seconds of one token are measured at
+    five lengths, and integrated with trapezoids."""
     import torch
 
     from model import GPT, GPTConfig
 
-    spec, cost = json.loads(spec), {}
-    tokens, device = spec.pop("tokens"), spec.pop("device")
-    model = GPT(GPTConfig(**spec)).to(device).eval()
+    model = GPT(GPTConfig(**{key: spec[key] for key in SIZES})).to(spec["device"]).eval()
+    tokens = spec["new_tokens"]
+    cost = {}  # {length: seconds of one token}
     for length in sorted({1 + i * (tokens - 1) // 4 for i in range(5)}):
-        prompt = torch.zeros(1, length, dtype=torch.long, device=device)
-        cost[length] = statistics.median(
-            seconds_of(lambda p=prompt: model.generate(p, 1, top_k=1).tolist()) for _ in range(3))
-    at = list(cost)
-    seconds = cost[1] + sum((b - a) * (cost[a] + cost[b]) / 2
-                            for a, b in zip(at, at[1:], strict=False))
+        prompt = torch.zeros(1, length, dtype=torch.long, device=spec["device"])
+        generate = partial(model.generate, prompt, 1, top_k=1)
+        cost[length] = statistics.median(seconds_of(generate) for _ in range(3))
+
+    lengths = list(cost)
+    seconds = cost[1]
+    for a, b in zip(lengths, lengths[1:], strict=False):
+        seconds += (b - a) * (cost[a] + cost[b]) / 2
     return {"tokens_per_s": tokens / seconds}
 
 
@@ -71,44 +96,85 @@ def transformers(spec):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    spec = json.loads(spec)
     config = GPT2Config(vocab_size=50304, n_positions=spec["block_size"], n_layer=spec["n_layer"],
                         n_head=spec["n_head"], n_embd=spec["n_embd"])
     model = GPT2LMHeadModel(config).to(spec["device"]).eval()
     model.generation_config.eos_token_id = None
     prompt = torch.zeros(1, 1, dtype=torch.long, device=spec["device"])
-    seconds = seconds_of(lambda: model.generate(
-        prompt, attention_mask=prompt + 1, max_new_tokens=spec["tokens"], do_sample=False,
-        pad_token_id=0).tolist())
-    return {"tokens_per_s": spec["tokens"] / seconds}
+    generate = partial(model.generate, prompt, attention_mask=prompt + 1, do_sample=False,
+                       max_new_tokens=spec["new_tokens"], pad_token_id=0)
+    seconds = seconds_of(generate)
+    return {"tokens_per_s": spec["new_tokens"] / seconds}
 
 
-def tiktoken(texts, threads):
+def tiktoken(spec):
     import tiktoken
 
-    with open(texts, encoding="utf-8") as file:
+    with open(spec["texts"], encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     encode = tiktoken.get_encoding("gpt2").encode_ordinary_batch
-    return {"seconds": seconds_of(lambda: [
-        encode(texts[i:i + 1024], num_threads=int(threads)) for i in range(0, len(texts), 1024)])}
+
+    def encode_all():
+        for i in range(0, len(texts), 1024):
+            encode(texts[i:i + 1024], num_threads=spec["threads"])
+
+    return {"seconds": seconds_of(encode_all)}
 
 
-def prepare(texts, script):
-    """load_dataset reads the given documents; all else is the script's."""
+def prepare(spec):
+    """Run nanoGPT's openwebtext script; only its load_dataset is replaced, and reads our texts.
+    bench.py times the whole process."""
     import datasets
 
-    own = datasets.load_dataset
-    datasets.load_dataset = lambda name, num_proc: own("json", data_files=texts)
-    return {"seconds": seconds_of(lambda: runpy.run_path(script, run_name="__main__"))}
+    # It needs as many validation documents, one in 2,000, as it has batches; and it writes beside
+    # itself, so what runs is a copy.
+    with open(spec["texts"], encoding="utf-8") as file:
+        batches = min(1024, 1 + sum(1 for _ in file) // 4000)
+    script = Path("data/openwebtext/prepare.py").read_text("utf-8")
+    copy = Path(spec["folder"], "prepare.py")
+    copy.write_text(script.replace("total_batches = 1024", f"total_batches = {batches}"), "utf-8")
+
+    load_dataset = datasets.load_dataset
+    datasets.load_dataset = lambda name, num_proc: load_dataset("json", data_files=spec["texts"])
+    runpy.run_path(str(copy), run_name="__main__")
+    return {}
+
+
+def start(spec):
+    """Seconds to the first iteration of train.py, and of sample.py for one token of that run."""
+    # What they print as errors comes out as ours, and so is the last line that bench.py sees.
+    command = [sys.executable, "-u", "train.py", *train_flags(spec), "--max_iters=1",
+               "--eval_interval=1"]
+    begun = time.perf_counter()
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if re.match(r"iter +0\b", line):
+                train_seconds = time.perf_counter() - begun
+    if process.returncode:
+        sys.exit(process.returncode)
+
+    command = [sys.executable, "sample.py", f"--out_dir={spec['folder']}/peer", "--num_samples=1",
+               "--max_new_tokens=1", f"--device={spec['device']}"]
+    begun = time.perf_counter()
+    process = subprocess.run(command, stdout=subprocess.DEVNULL)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return {"train_s": train_seconds, "sample_s": time.perf_counter() - begun}
 
 
 def seconds_of(function):
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+    """Return how long a call takes; a tensor that it returns is fetched from the device."""
+    begun = time.perf_counter()
+    result = function()
+    if hasattr(result, "tolist"):
+        result.tolist()
+    return time.perf_counter() - begun
 
+
+SUITES = {"train": train, "memory": train, "sample": sample, "transformers": transformers,
+          "tiktoken": tiktoken, "prepare": prepare, "start": start}
 
 if __name__ == "__main__":
     sys.path[0] = ""  # the checkout, not the folder of this file
-    what = {f.__name__: f for f in (steps, sample, transformers, tiktoken, prepare)}[sys.argv[1]]
-    print(json.dumps(what(*sys.argv[2:])))
+    suite, given_spec = sys.argv[1:]
+    print(json.dumps(SUITES[suite](json.loads(given_spec))))

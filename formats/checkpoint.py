@@ -1,14 +1,20 @@
-"""What a run leaves in its folder, and what a resumed run finds there.
+"""Checkpoints: what a run leaves in its folder, and what a resumed run finds there.
 
-    out/<run>/iter_000250/   model.safetensors, trainer.pt, tokenizer.json, meta.json, SHA256SUMS
-    out/<run>/latest, best   which of them is the newest, and the one of the lowest validation loss
+    out/<run>/iter_000250/   model.safetensors  weights, under nanoGPT's names
+                             trainer.pt         state of the optimizers and of float16's scaler
+                             tokenizer.json     the dataset's tokenizer
+                             meta.json          {"model": GPTConfig, "config": the run's settings,
+                                                "iter_num", "tokens", "val_loss", "shards", ...}
+                             SHA256SUMS         of the files above; `sha256sum -c SHA256SUMS`
+    out/<run>/latest, best   the name of the newest one, and of the one with the lowest loss
 
-A checkpoint is whole or not there: it is written aside, every file and the folder are flushed to
-the disk, then it is renamed, `latest` and `best` are switched, and only then old ones removed.
-`sha256sum -c SHA256SUMS` checks one by hand. Nothing here is a pickle that could run code.
+A checkpoint is whole or not there: it is written under another name, every file and the folder are
+flushed to the disk, then the folder is renamed, `latest` and `best` are switched, and only then are
+old ones removed. Nothing here is a pickle that could run code.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,117 +22,95 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
-from formats.files import flush_to_disk, hash_file, naming_write_errors, read_json, write_atomically
+from formats.files import (
+    flush_to_disk,
+    hash_file,
+    naming_write_errors,
+    read_json,
+    write_atomically,
+)
 from model import GPT, GPTConfig
 from runtime.processes import full_tensor
 
 SUMS = "SHA256SUMS"
 
 
-class Checkpoints:
-    """Writes a run's checkpoints, one after the other. While entered with in_background, a thread
-    writes them, from a copy in the host's memory, and the run waits only for the copy."""
-
-    def __init__(self, run_dir, model, tokenizer, optimizer, scaler, keep, in_background, runtime):
-        self.parts, self.runtime = (model, optimizer, scaler), runtime
-        self.write = partial(write_checkpoint, run_dir, tokenizer, keep)
-        self.config, self.commit, self.copies, self.job = model.config, git_commit(), {}, None
-        self.thread = ThreadPoolExecutor(1) if in_background and runtime.is_main else None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *error):
-        if self.thread:
-            self.thread.shutdown()
-        if kind is None:
-            self.wait()
-
-    def save(self, meta, is_best):
-        """Write a checkpoint. All processes call it, for each gives its part of a sharded model;
-        the main one writes. Raises UserError where it, or the one before it in the background,
-        cannot be written."""
-        self.wait()
-        state = {name: self.on_host(part.state_dict(), name) for name, part in
-                 zip(("model", "optimizer", "scaler"), self.parts, strict=True)}
-        if not self.runtime.is_main:
-            return
-        meta = {"model": asdict(self.config), **meta, "commit": self.commit,
-                "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        if self.thread:
-            self.job = self.thread.submit(self.write, state, meta, is_best)
-        else:
-            self.write(state, meta, is_best)
-
-    def wait(self):
-        """Wait for a checkpoint in the background, and raise its error."""
-        job, self.job = self.job, None
-        if job:
-            job.result()
-
-    def on_host(self, value, place):
-        """Return a state_dict with its tensors whole and in the host's memory: on the main process,
-        the same memory each time where they are to outlive the next update."""
-        if isinstance(value, dict):
-            return {key: self.on_host(part, (place, key)) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self.on_host(part, (place, i)) for i, part in enumerate(value)]
-        if not isinstance(value, torch.Tensor):
-            return value
-        value = full_tensor(value.detach())
-        if not self.runtime.is_main:
-            return None
-        if not self.thread:
-            return value.cpu()
-        if place not in self.copies:
-            self.copies[place] = torch.empty(value.shape, dtype=value.dtype,
-                                             pin_memory=value.is_cuda)
-        return self.copies[place].copy_(value)
+# ---------------------------------------------------------------------- opening one
 
 
-def write_checkpoint(run_dir, tokenizer, keep, state, meta, is_best):
-    """Write a checkpoint aside, rename it, point `latest` (and `best`) at it, drop old ones.
+class Checkpoint(NamedTuple):
+    """A checkpoint's folder whose files are those that were saved."""
+    folder: Path
+    meta: dict  # meta.json
 
-    Raises UserError where it cannot be written: the one before is intact.
-    """
-    folder = run_dir / f"iter_{meta['iter_num']:06d}"
-    aside, replaced = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    def load_model(self, dropout=0.0):
+        """Return its GPT, on the CPU, in float32."""
+        return load_model(self.folder, dropout)
+
+
+def find_checkpoint(path, which="latest"):
+    """Return the checkpoint folder that `path` names: itself; or, in a run's folder, the one that
+    the file `latest` or `best` names. Raises UserError where there is none."""
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        return path
+    pointer = path / which
+    if not pointer.is_file():
+        raise UserError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
+                        "another folder with --out_dir= or --init_from=")
+    name = Path(pointer.read_text("utf-8", "replace").strip()).name  # never outside of the run
+    if name in ("", "..") or not (path / name).is_dir():
+        raise UserError(f"{pointer} names {name!r}, which is not there")
+    return path / name
+
+
+def open_checkpoint(path, which="latest"):
+    """Return the Checkpoint that `path` names (see find_checkpoint). Raises UserError where a file
+    is missing or is not the one that was saved."""
+    folder = find_checkpoint(path, which)
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+             for file in sorted(folder.iterdir())]
+    verify_sums(folder, tuple(files))
+    return Checkpoint(folder, read_meta(folder))
+
+
+def open_newest(run_dir):
+    """Return (the newest intact Checkpoint of a run, one line for each damaged one before it in the
+    search). Raises UserError where there is none."""
+    # a checkpoint's own folder: that one or none
+    if (run_dir / "model.safetensors").is_file():
+        return open_checkpoint(run_dir), []
+    # the one that `latest` names, and those before it
+    problems, folders = [], list_checkpoints(run_dir)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        with naming_write_errors(folder, "the checkpoints before it are as they were; make room, then go on "
-                             "with --init_from=resume"):
-            aside.mkdir()
-            save_weights(state["model"], aside)
-            torch.save({"optimizer": state["optimizer"], "scaler": state["scaler"]},
-                       aside / "trainer.pt")
-            tokenizer.save(aside)
-            write_atomically(aside / "meta.json", json.dumps(meta, indent=1) + "\n")
-            files = sorted(aside.iterdir())
-            write_atomically(aside / SUMS, "".join(f"{hash_file(p)}  {p.name}\n" for p in files))
-            for path in (*files, aside, run_dir / "metrics.jsonl"):
-                flush_to_disk(path)
-            if folder.exists():  # left by a kill before `latest` named it, or damaged
-                os.replace(folder, replaced)
-            os.replace(aside, folder)
-            flush_to_disk(run_dir)
-            for pointer in ("latest", "best") if is_best else ("latest",):
-                write_atomically(run_dir / pointer, folder.name + "\n")
-            flush_to_disk(run_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    best = run_dir / "best"  # not there while every validation loss was NaN
-    kept = {folder.name, best.read_text("utf-8", "replace").strip() if best.is_file() else ""}
-    for old in [*list_checkpoints(run_dir)[:-keep], *run_dir.glob("iter_*.old"), *run_dir.glob("iter_*.tmp")]:
-        if old.name not in kept:
-            shutil.rmtree(old)
+        newest = find_checkpoint(run_dir)
+        if newest in folders:
+            folders = folders[:folders.index(newest) + 1]
+        else:
+            folders = [newest]
+    except UserError as error:
+        if not folders:
+            raise
+        problems.append(str(error).split(";")[0])
+    # the newest of them that is intact
+    for folder in reversed(folders):
+        try:
+            checkpoint = open_checkpoint(folder)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        return checkpoint, [f"{problem}; going on from {folder.name}" for problem in problems]
+    raise UserError(f"{'; '.join(problems)}: no checkpoint before it is intact; start again with "
+                    "--init_from=scratch")
 
 
 def list_checkpoints(run_dir):
@@ -135,111 +119,93 @@ def list_checkpoints(run_dir):
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def git_commit():
-    """Return the commit of this code, or '' where it is not a git checkout."""
-    try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+@lru_cache(maxsize=16)
+def verify_sums(folder, files):
+    """Raise UserError where a file is missing or is not the one that was saved.
 
-
-# ---------------------------------------------------------------------- finding one, loading it
-
-
-def newest_intact_checkpoint(run_dir):
-    """Return (the newest whole checkpoint that `latest` does not come before, one line per damaged
-    one that was passed over). Raises UserError where there is none."""
-    if (run_dir / "model.safetensors").is_file():  # a checkpoint's own folder: that one or none
-        return verify(run_dir), []
-    passed, folders = [], list_checkpoints(run_dir)
-    try:
-        newest = find_checkpoint(run_dir)
-        folders = folders[:folders.index(newest) + 1] if newest in folders else [newest]
-    except ValueError as error:
-        if not folders:
-            raise
-        passed.append(str(error).split(";")[0])
-    for folder in reversed(folders):
-        try:
-            return verify(folder), [f"{why}; going on from {folder.name}" for why in passed]
-        except ValueError as error:
-            passed.append(str(error))
-    raise UserError(f"{'; '.join(passed)}: no checkpoint before it is whole; start again with "
-                     "--init_from=scratch")
-
-
-def verify(folder):
-    """Return the checkpoint's folder. Raises UserError where a file is missing or another than
-    the one that was saved. Folders without SHA256SUMS (those of
-    convert.py) are checked as they are loaded."""
+    files: the names, sizes and times of the folder's files; the same ones are hashed once. Folders
+    without SHA256SUMS (those of convert.py) are checked as they are loaded.
+    """
     sums = folder / SUMS
-    for line in sums.read_text("utf-8", "replace").splitlines() if sums.is_file() else ():
+    if not sums.is_file():
+        return
+    for line in sums.read_text("utf-8", "replace").splitlines():
         wanted, _, name = line.partition("  ")
-        path = folder / (Path(name).name or "?")
+        path = folder / Path(name).name
         if not path.is_file():
-            raise UserError(f"{folder} is damaged: {path.name} is missing")
+            raise UserError(f"{folder} is damaged: {name} is missing")
         if hash_file(path) != wanted:
-            raise UserError(f"{folder} is damaged: {path.name} is not the one that was saved")
-    read_meta(folder)
-    return folder
+            raise UserError(f"{folder} is damaged: {name} is not the one that was saved")
 
 
 def read_meta(folder):
-    """Return a checkpoint's meta.json. Raises UserError where it is not one that we write."""
-    meta = read_json(folder / "meta.json")
-    config, bad_steps = meta.get("config", {}), meta.get("bad_steps", [0, 0])
-    for key, fits in (
-            ("model", isinstance(meta.get("model", {}), dict)),
-            ("config", isinstance(config, dict) and all(
-                isinstance(config.get(name, ""), str) for name in ("mix", "dataset"))),
-            ("iter_num", is_number(meta.get("iter_num", 0), int)),
-            ("tokens", is_number(meta.get("tokens", 0), int)),
-            ("minutes", is_number(meta.get("minutes", 0), float)),
-            ("best_val_loss", is_number(meta.get("best_val_loss", 0), float)),
-            ("bad_steps", isinstance(bad_steps, list) and len(bad_steps) == 2
-             and all(is_number(value, float) for value in bad_steps)),
-            ("shards", isinstance(meta.get("shards", []), list)
-             and all(isinstance(shard, dict) for shard in meta.get("shards", [])))):
-        if not fits:
-            raise UserError(f"{folder / 'meta.json'}: damaged, {key} is {meta[key]!r:.50}")
-    if "model" not in meta:
-        raise UserError(f"{folder / 'meta.json'}: not a checkpoint's, it has no model")
-    return meta
-
-
-def is_number(value, kind):
-    """Is it a number of that kind, 0 or more? A NaN is."""
-    kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and not value < 0
-
-
-def load_trainer(folder, optimizer, scaler):
-    """Load the optimizer's and the scaler's state from a checkpoint's folder."""
+    """Return a checkpoint's meta.json, with defaults for what a converted one lacks. Raises
+    UserError where it is not a checkpoint's."""
+    path = folder / "meta.json"
+    meta = read_json(path)
     try:
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-    except Exception as error:
+        GPTConfig(**meta["model"])
+        return {**meta,
+                "config": dict(meta.get("config", {})),
+                "shards": [dict(shard) for shard in meta.get("shards", [])],
+                "iter_num": int(meta.get("iter_num", 0)),
+                "tokens": int(meta.get("tokens", 0)),
+                "minutes": float(meta.get("minutes", 0)),
+                "best_val_loss": float(meta.get("best_val_loss", math.inf)),
+                "bad_steps": [float(count) for count in meta.get("bad_steps", [0, 0])]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint's, or damaged ({error!r})") from error
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def load_model(folder, dropout=0.0):
+    """Return the GPT of a checkpoint folder: its config from meta.json, its weights from
+    model.safetensors. Raises UserError where either is missing, damaged or of another model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    # read both files
+    folder = Path(folder)
+    try:
+        config = GPTConfig(**read_json(folder / "meta.json")["model"])
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a checkpoint ({type(error).__name__}: {error})") from error
+    # a model of those sizes, with those weights
+    return model_with_weights(replace(config, dropout=dropout), weights, folder)
+
+
+def model_with_weights(config, weights, source):
+    """Return the GPT with these weights, {name: tensor}, in float32. Raises UserError, naming the
+    source that they are from, where a name or a size does not fit."""
+    model = empty_model(config)
+    # a copy, because safetensors' tensors are the file itself, mapped into memory
+    weights = {name: p.to(torch.float32, copy=True) for name, p in weights.items()}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / 'trainer.pt'}: cannot be resumed ({reason})") from error
+        raise UserError(f"{source}: the weights are another model's ({reason})") from error
+    return model
 
 
-class NoFirstWeights(TorchFunctionMode):
-    """While entered, nothing is drawn: what replaces it costs enough, and for a tensor of the meta
-    device torch would first import its compiler, which takes seconds."""
+def empty_model(config):
+    """Return a GPT on torch's meta device: shapes without memory, for weights to be loaded into."""
+    with torch.device("meta"), SkipRandomInit():
+        return GPT(config)
+
+
+class SkipRandomInit(TorchFunctionMode):
+    """While entered, no random weights are drawn. On the meta device there is nothing to draw, but
+    torch would import its compiler for it, which takes seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
             return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs or {})
-
-
-def without_weights(config):
-    """Return a GPT on the meta device: its shapes, and no memory."""
-    with torch.device("meta"), NoFirstWeights():
-        return GPT(config)
+        return function(*args, **kwargs)
 
 
 def save_weights(weights, folder):
@@ -254,47 +220,144 @@ def save_weights(weights, folder):
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
 
 
-def load_model(folder, dropout=0.0):
-    """Return the GPT of a checkpoint folder: its config from meta.json, its weights from
-    model.safetensors. Raises UserError where either is missing, damaged or of another model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+# ---------------------------------------------------------------------- writing one
 
-    folder = Path(folder)
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one after the other. With in_background a thread writes them,
+    from a copy in the host's memory, and the run waits only for the copy. To be used in a `with`
+    statement, which waits for the last one."""
+
+    def __init__(self, run_dir, tokenizer, model_config, keep, in_background, runtime):
+        """keep: how many of the newest checkpoints are kept, beside the best one."""
+        self.run_dir, self.tokenizer, self.keep = run_dir, tokenizer, keep
+        self.model_config, self.runtime = model_config, runtime
+        self.commit = git_commit()
+        self.copies = {}  # of each tensor, where it is copied to for the thread
+        self.job = None  # what the thread is writing
+        self.thread = None
+        if in_background and runtime.is_main:
+            self.thread = ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, exception_type, *exception):
+        if self.thread:
+            self.thread.shutdown()
+        if exception_type is None:
+            self.wait()
+
+    def save(self, state, meta, is_best):
+        """Write a checkpoint. All processes call it, because each holds its shard of a sharded
+        model; the main one writes.
+
+        state: {"model": weights, "optimizer": state, "scaler": state}. Raises UserError where this
+        checkpoint, or the one before it in the background, cannot be written.
+        """
+        self.wait()
+        # gather and copy the tensors: this needs all processes, and the run waits for it
+        state = self.copy_to_host(state, ())
+        if not self.runtime.is_main:
+            return
+        # write them, here or in the thread
+        meta = {"model": asdict(self.model_config), **meta, "commit": self.commit,
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+        arguments = (self.run_dir, self.tokenizer, self.keep, state, meta, is_best)
+        if self.thread:
+            self.job = self.thread.submit(write_checkpoint, *arguments)
+        else:
+            write_checkpoint(*arguments)
+
+    def wait(self):
+        """Wait for the checkpoint that is being written, and raise its error."""
+        job, self.job = self.job, None
+        if job:
+            job.result()
+
+    def copy_to_host(self, value, path):
+        """Return a state_dict with its tensors gathered, and in the host's memory (None on other
+        processes than the main one). For the thread they are copied, into the same buffers each
+        time, because the next update changes them. path: the keys that lead to this value."""
+        # go into dicts and lists; what is no tensor stays as it is
+        if isinstance(value, dict):
+            return {key: self.copy_to_host(part, (*path, key)) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self.copy_to_host(part, (*path, i)) for i, part in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        # gather a tensor from all processes
+        value = full_tensor(value.detach())
+        if not self.runtime.is_main:
+            return None
+        if not self.thread:
+            return value.cpu()
+        # copy it for the thread
+        if path not in self.copies:
+            self.copies[path] = torch.empty(value.shape, dtype=value.dtype,
+                                            pin_memory=value.is_cuda)
+        return self.copies[path].copy_(value)
+
+
+def write_checkpoint(run_dir, tokenizer, keep, state, meta, is_best):
+    """Write a checkpoint under another name, rename it, point `latest` (and `best`) at it, remove
+    old ones. Raises UserError where it cannot be written; the one before is then intact."""
+    folder = run_dir / f"iter_{meta['iter_num']:06d}"
+    unfinished = folder.with_name(folder.name + ".tmp")
+    replaced = folder.with_name(folder.name + ".old")
+    remedy = ("the checkpoints before it are as they were; make room, then go on with "
+              "--init_from=resume")
     try:
-        config = GPTConfig(**json.loads((folder / "meta.json").read_text("utf-8"))["model"])
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a checkpoint ({type(error).__name__}: {error})") from error
-    return from_weights(replace(config, dropout=dropout), weights, folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with naming_write_errors(folder, remedy):
+            # write every file, and flush it to the disk
+            write_files(unfinished, tokenizer, state, meta)
+            for path in (*sorted(unfinished.iterdir()), unfinished, run_dir / "metrics.jsonl"):
+                flush_to_disk(path)
+            # rename the folder; one of that name was left by a kill, or is damaged
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(unfinished, folder)
+            flush_to_disk(run_dir)
+            # only now name it
+            write_atomically(run_dir / "latest", folder.name + "\n")
+            if is_best:
+                write_atomically(run_dir / "best", folder.name + "\n")
+            flush_to_disk(run_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    remove_old(run_dir, folder, keep)
 
 
-def from_weights(config, weights, place):
-    """Return the GPT with these weights, {name: tensor}, in float32. Raises UserError, naming
-    the place that they are from, where a name or a size does not fit."""
-    model = without_weights(config)  # the given ones take their place
-    # a copy, because safetensors' tensors are the file itself, mapped into memory
-    weights = {name: p.to(torch.float32, copy=True) for name, p in weights.items()}
+def write_files(folder, tokenizer, state, meta):
+    """Write a checkpoint's files into a new folder."""
+    folder.mkdir()
+    save_weights(state["model"], folder)
+    torch.save({"optimizer": state["optimizer"], "scaler": state["scaler"]}, folder / "trainer.pt")
+    tokenizer.save(folder)
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    sums = [f"{hash_file(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    write_atomically(folder / SUMS, "".join(sums))
+
+
+def remove_old(run_dir, newest, keep):
+    """Remove a run's checkpoints but for the newest `keep`, the best, and the one just written."""
+    # what to keep
+    kept = {path.name for path in list_checkpoints(run_dir)[-keep:]} | {newest.name}
+    best = run_dir / "best"  # not there while every validation loss was NaN
+    if best.is_file():
+        kept.add(best.read_text("utf-8", "replace").strip())
+    # all else, and what a kill left behind
+    leftovers = [*run_dir.glob("iter_*.old"), *run_dir.glob("iter_*.tmp")]
+    for path in [*list_checkpoints(run_dir), *leftovers]:
+        if path.name not in kept:
+            shutil.rmtree(path)
+
+
+def git_commit():
+    """Return the commit of this code, or '' where it is not a git checkout."""
     try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{place}: the weights are another model's ({reason})") from error
-    return model
-
-
-def find_checkpoint(path, which="latest"):
-    """Return the checkpoint folder that `path` names: itself, or, in a run's folder, the one of
-    iter_000250/ and so on whose name is in the file `latest` or `best`. Raises UserError where
-    there is none."""
-    path = Path(path)
-    if (path / "model.safetensors").is_file():
-        return path
-    pointer = path / which
-    if not pointer.is_file():
-        raise UserError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
-                         "another folder with --out_dir= or --init_from=")
-    name = Path(pointer.read_text("utf-8", "replace").strip()).name  # never outside
-    if name in ("", "..") or not (path / name).is_dir():
-        raise UserError(f"{pointer} names {name!r}, which is not there")
-    return path / name
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,88 +1,76 @@
-"""GPT-2's published weights, and any other GPT-2 that Hugging Face transformers has saved.
+"""Read GPT-2's published weights, and any other GPT-2 that Hugging Face transformers has saved.
 
-    python train.py config/eval_gpt2.py           # uses it: init_from='gpt2'
-    python convert.py --source=gpt2
+    model = load_gpt2("gpt2")      # one of OpenAI's four, from Hugging Face's hub or its cache
+    model = load_gpt2("FOLDER")    # with transformers' config.json and model.safetensors
 
-Reads the safetensors file itself; transformers is not needed. The tokenizer is always GPT-2's.
+transformers itself is not needed. Its GPT-2 and ours name their tensors alike
+("transformer.h.0.attn.c_attn.weight"), with three differences, which `from_transformers` removes:
+
+- OpenAI's published files lack the prefix "transformer.".
+- Matrices in TRANSPOSED belong to OpenAI's Conv1D, (in, out); those of our nn.Linear are (out, in).
+- Tensors in DERIVED are not weights of their own: the head is the token embedding, attn.bias and
+  attn.masked_bias are the causal mask.
+
+The tokenizer is always GPT-2's.
 """
 
 from pathlib import Path
 
 from configurator import UserError
-from formats.checkpoint import from_weights
+from formats.checkpoint import model_with_weights
 from formats.files import read_json
 from model import GPTConfig
 
 VOCAB_SIZE = 50257  # of GPT-2's tokenizer
-SIZES = {  # (n_layer, n_head, n_embd) of OpenAI's four
-    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600)}
+# OpenAI's four models (Radford et al. 2019, table 2; n_head: the hparams.json of their code).
+SIZES = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+
+# The map between their tensors and ours. It holds in both directions, to read and to write.
+PREFIX = "transformer."
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MATHS = {  # what config.json must say, or leave out: our model has no other
-    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False, "tie_word_embeddings": True}
+DERIVED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
+
+# What config.json must say, or leave out, because our GPT-2 computes nothing else.
+REQUIRED_SETTINGS = {
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+    "tie_word_embeddings": True}
 
 
 def gpt2_sizes(name):
     """Return train.py's settings for one of OpenAI's four models."""
     if name not in SIZES:
         raise UserError(f"init_from={name!r}: choose {', '.join(SIZES)}")
-    n_layer, n_head, n_embd = SIZES[name]
-    return {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": 1024,
-            "bias": True}
+    return {**SIZES[name], "block_size": 1024, "bias": True}
 
 
 def load_gpt2(source, dropout=0.0):
-    """Return the GPT of one of OpenAI's four models, by name, or of a local folder with
-    transformers' config.json and model.safetensors. Raises UserError where it cannot be had."""
-    if source not in SIZES and not Path(source).is_dir():
+    """Return the GPT of one of OpenAI's four models, by name, or of a folder that transformers has
+    saved. Raises UserError where there is none, or not a GPT-2 with GPT-2's vocabulary."""
+    # Find the two files.
+    if source in SIZES:
+        config_path = download(source, "config.json")
+        weights_path = download(source, "model.safetensors")
+    elif Path(source).is_dir():
+        config_path = Path(source, "config.json")
+        weights_path = Path(source, "model.safetensors")
+    else:
         raise UserError(f"{source}: neither a folder nor one of {', '.join(SIZES)}")
-    config_path, weights_path = (
-        fetch(source, name) if source in SIZES else Path(source, name)
-        for name in ("config.json", "model.safetensors"))
+
+    # Padded vocabularies are larger, which does no harm.
     model = read_gpt2(config_path, weights_path, dropout)
     if model.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{source}: a vocabulary of {model.config.vocab_size:,} tokens is not "
-                         f"GPT-2's {VOCAB_SIZE:,}, whose tokenizer is the one we have")
+                        f"GPT-2's {VOCAB_SIZE:,}; choose a model with GPT-2's tokenizer")
     return model
 
 
-def read_gpt2(config_path, weights_path, dropout=0.0):
-    """Return the GPT of transformers' two files. Raises UserError where it is not a GPT-2."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        facts = {"model_type": None, **read_json(config_path)}
-        for key, wanted in MATHS.items():
-            if facts.get(key, wanted) != wanted:
-                raise UserError(f"{config_path}: {key}={facts[key]!r}, GPT-2 has {wanted!r}")
-        config = GPTConfig(
-            block_size=facts["n_positions"], vocab_size=facts["vocab_size"], dropout=dropout,
-            n_layer=facts["n_layer"], n_head=facts["n_head"], n_embd=facts["n_embd"], bias=True)
-        tensors = load_file(weights_path)
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{Path(weights_path).parent}: not a GPT-2 that transformers saved as "
-                         f"safetensors ({type(error).__name__}: {error})") from error
-    weights = dict(translate(key, tensor) for key, tensor in tensors.items())
-    weights.pop(None, None)
-    return from_weights(config, weights, weights_path)
-
-
-def translate(key, tensor):
-    """Return our (key, tensor) for one of transformers' GPT-2; key None for what we have no use of.
-
-    OpenAI's Conv1D keeps its matrices as (in, out), Linear as (out, in). The published files lack
-    the prefix "transformer."; the head is the embedding; attn.bias is the causal mask.
-    """
-    if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
-        return None, tensor
-    key = key if key.startswith("transformer.") else f"transformer.{key}"
-    return key, tensor.transpose(0, -1).contiguous() if key.endswith(TRANSPOSED) else tensor
-
-
-def fetch(name, filename):
+def download(name, filename):
     """Return the path of a published file, from Hugging Face's hub or its cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -94,3 +82,57 @@ def fetch(name, filename):
             f"{name} cannot be downloaded ({type(error).__name__}); go online once, or save it "
             "elsewhere and give its folder: python convert.py --source=FOLDER") from error
 
+
+def read_gpt2(config_path, weights_path, dropout=0.0):
+    """Return the GPT of transformers' two files. Raises UserError where they are not a GPT-2."""
+    # Imported here, because only those who read safetensors wait for it.
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_config(config_path, dropout)
+    try:
+        tensors = load_file(weights_path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights_path}: not a GPT-2 that transformers saved as safetensors "
+                        f"({type(error).__name__}: {error})") from error
+    return model_with_weights(config, from_transformers(tensors), weights_path)
+
+
+def read_config(path, dropout):
+    """Return the GPTConfig of transformers' config.json. Raises UserError where it describes
+    anything but a GPT-2."""
+    # Compare what our model cannot vary. Only model_type may not be left out.
+    settings = read_json(path)
+    settings.setdefault("model_type", None)
+    for key, required in {"model_type": "gpt2", **REQUIRED_SETTINGS}.items():
+        if key in settings and settings[key] != required:
+            raise UserError(f"{path}: {key}={settings[key]!r}, GPT-2 has {required!r}; choose "
+                            "another model")
+
+    # Take over the sizes. GPTConfig refuses those that do not fit together.
+    try:
+        return GPTConfig(
+            block_size=settings["n_positions"], vocab_size=settings["vocab_size"],
+            n_layer=settings["n_layer"], n_head=settings["n_head"], n_embd=settings["n_embd"],
+            dropout=dropout, bias=True)
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing; save the model again") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def from_transformers(tensors):
+    """Return our {name: tensor} for transformers' or OpenAI's."""
+    weights = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(DERIVED):
+            our_name = PREFIX + name.removeprefix(PREFIX)
+            weights[our_name] = transpose_conv1d(name, tensor)
+    return weights
+
+
+def transpose_conv1d(name, tensor):
+    """Return a tensor in the other program's layout; the same function serves both directions."""
+    if name.endswith(TRANSPOSED):
+        return tensor.transpose(0, -1).contiguous()
+    return tensor

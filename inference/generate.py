@@ -1,100 +1,213 @@
-"""Draw tokens from a model."""
+"""Generate tokens: a prompt's token ids in, new token ids out, by prefill, decode and sampling.
+
+    sampling = Sampling(temperature=0.8, top_k=200, top_p=1.0, vocab_size=tokenizer.vocab_size)
+    for new_ids in generate(model, prompt_ids, generators, 500, sampling, tokenizer.eot, runtime):
+        ...  # one id for each sample; None for a sample that has ended
+
+`prefill` reads a whole prompt at once and fills the cache of keys and values; `decode` then reads
+one token at a time; `sample_ids` draws the next token from the logits that either of them returns.
+
+Sizes: B samples, T tokens, C channels, V vocabulary, k candidates.
+"""
+
+from typing import NamedTuple
 
 import torch
 
 from configurator import UserError
 
 
-def cast_weights(model, dtype):
-    """Convert the matrices to the number format of the products once, not at each token. The
-    position embedding stays float32, and so does the token embedding where it is only looked up,
-    and with them the residual stream, as under autocast."""
-    looked_up = ("wpe.weight",) if model.config.tied else ("wpe.weight", "wte.weight")
-    for name, p in model.named_parameters():
-        if p.dim() == 2 and not name.endswith(looked_up):
-            p.data = p.data.to(dtype)
+class Sampling(NamedTuple):
+    """How to draw the next token from the model's logits."""
+    temperature: float  # divides the logits; 0: always take the most probable token
+    top_k: int  # draw among this many most probable tokens; 0: among all
+    top_p: float  # nucleus sampling: the smallest set of tokens with this total probability; 1: off
+    vocab_size: int  # ids from here on only pad the embedding and are never drawn
 
 
 @torch.inference_mode()
-def generate(model, step, ids, generators, max_new_tokens, eot, runtime, fixed_step=None):
-    """Yield the next token of each sample, a list of B ids, until all have ended or max_new_tokens.
-    A sample that has ended, at end of text, has None there.
+def generate(model, prompt_ids, generators, max_new_tokens, sampling, end_of_text, runtime,
+             compiled=False):
+    """Yield a list for each new token: the next id of each sample, or None once it has ended.
 
-    generators: B of them, one for each sample; ids: the prompt of all. step, fixed_step: see
-    next_tokens; the second, if any, is given tensors of the same shapes at each token. The model
-    sees the last block_size tokens of the prompt and what follows; when that is more than
-    block_size, it forgets all but the newest half of a block, whose positions begin at 0 again.
-    Forgetting one token at a time would shift all positions, and so cost a whole block each time.
+    prompt_ids: the prompt of all samples, at least one id. generators: one random generator for
+    each of the B samples. A sample ends at the id end_of_text (None: never); generation ends when
+    all samples have, or after max_new_tokens. compiled: compile the decoding. Raises UserError
+    where the logits are not finite.
+
+    The model sees a window of at most block_size tokens: at first the end of the prompt. Each time
+    the window outgrows block_size, it becomes the newest half block, and positions start at 0
+    again. A window that moved by one token would shift every position, and so need a prefill for
+    every token.
     """
-    B, size, device = len(generators), model.config.block_size, runtime.device
-    rows, ended = [list(ids) for _ in generators], [False] * B
-    cache = model.make_cache(B, runtime.dtype)  # (n_layer, 2, B, H, block_size, D)
-    if fixed_step:
-        torch._dynamo.mark_static_address(cache)  # or CUDA graphs would copy it
-    position = torch.zeros((), dtype=torch.int64, device=device)
-    begin, filled = max(0, len(ids) - size), 0  # the first token in view; tokens in the cache
+    B, block_size, device = len(generators), model.config.block_size, runtime.device
+    sequences = [list(prompt_ids) for _ in range(B)]  # the prompt and what follows it
+    has_ended = [False] * B
+    # The window begins at this token; the cache holds keys and values of its first `cached` tokens.
+    window_start = max(0, len(prompt_ids) - block_size)
+    cached = 0
+    cache = model.make_cache(B, runtime.dtype)  # (n_layer, 2, B, heads, block_size, head_dim)
+    decode_step = decode_and_sample
+    if compiled:
+        decode_step = compile_decode_step(cache, device)
+
     for number in range(max_new_tokens):
-        if len(rows[0]) - begin > size:
-            begin, filled = len(rows[0]) - (size + 1) // 2, 0
-        chances = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
-        different = B if number else 1  # rows: at first all have the prompt, which is read once
-        seen = torch.tensor([row[begin + filled:] for row in rows[:different]], device=device)
-        if filled and fixed_step:
-            new, finite = fixed_step(seen, cache, position.fill_(filled), chances.to(device))
+        # Forget the older half of the window when it has outgrown block_size.
+        length = len(sequences[0])
+        if length - window_start > block_size:
+            window_start = length - (block_size + 1) // 2
+            cached = 0
+
+        # Sample the next token of each sequence: after a prefill where nothing is cached, else
+        # after decoding the newest token.
+        uniforms = draw_uniforms(generators).to(runtime.sampling_device)  # (B,)
+        if cached == 0:
+            windows = [sequence[window_start:] for sequence in sequences]
+            # At first all windows are the prompt: read it once.
+            if number == 0:
+                windows = windows[:1]
+            tokens = torch.tensor(windows, device=device)  # (B, T), at first (1, T)
+            logits = prefill(model, tokens, cache, runtime)  # (B, V)
+            ids, is_finite = sample_ids(logits, uniforms, sampling)  # (B,), ()
         else:
-            new, finite = step(seen, cache[:, :, :different], filled, chances)  # (B,), ()
-            if different < B:
-                cache[:, :, 1:] = cache[:, :, :1]
-        filled += seen.shape[1]
-        *new, finite = torch.cat((new, finite[None])).tolist()  # the only wait for the device
-        if not finite:
-            raise UserError("the logits are not finite: either training diverged, or "
-                             f"{runtime.dtype} is too narrow for this model; try --dtype=float32")
-        for row, token in zip(rows, new, strict=True):
-            row.append(token)
-        ended = [end or token == eot for end, token in zip(ended, new, strict=True)]
-        if all(ended):
+            tokens = torch.tensor([sequence[-1] for sequence in sequences], device=device)  # (B,)
+            ids, is_finite = decode_step(model, tokens, cache, cached, uniforms, sampling, runtime)
+        cached = length - window_start
+
+        # Fetch the ids, and pass on those of the samples that have not ended.
+        new_ids = fetch_ids(ids, is_finite, runtime)
+        for i, new_id in enumerate(new_ids):
+            sequences[i].append(new_id)
+            if new_id == end_of_text:
+                has_ended[i] = True
+            if has_ended[i]:
+                new_ids[i] = None
+        if all(has_ended):
             return
-        yield [None if end else token for end, token in zip(ended, new, strict=True)]
+        yield new_ids
 
 
-def next_tokens(model, vocab_size, temperature, top_k, top_p, runtime, tokens, cache, start,
-                chances):
-    """Token ids (B, T) at positions from `start` on, of which the cache holds the earlier ones,
-    to (ids (B,), int64: are all logits finite? ()). Where all B rows are the same, one will do.
+def draw_uniforms(generators):
+    """Return one random number in [0, 1) from each generator, (B,) float64."""
+    return torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
 
-    Ids beyond vocab_size, which only pad the embedding, are never drawn. The drawing is CUDA's or
-    the CPU's, never another device's: MPS has no float64 and a history of wrong draws.
+
+def prefill(model, prompt_ids, cache, runtime):
+    """Read whole prompts in one pass and fill the cache. Return the next token's logits, (B, V).
+
+    prompt_ids: (B, T), which get the positions from 0 on; or (1, T), one prompt for all B rows of
+    the cache. cache: from model.make_cache(B).
+    """
+    rows = len(prompt_ids)
+    with runtime.autocast():
+        x = model.hidden(prompt_ids, cache[:, :, :rows], 0)  # (rows, T, C)
+        logits = model.head(x[:, -1])  # (rows, V)
+
+    # One prompt for all: give each row of the cache its keys and values.
+    B = cache.shape[2]
+    if rows < B:
+        cache[:, :, 1:] = cache[:, :, :1]
+    return logits.expand(B, -1)  # (B, V)
+
+
+def decode(model, tokens, cache, position, runtime):
+    """Read one token of each sequence, (B,), and return the next token's logits, (B, V).
+
+    position: that of the tokens, before which the cache holds all keys and values; an int, or an
+    int64 tensor () for the same shapes at every position (see model.hidden).
     """
     with runtime.autocast():
-        logits = model.head(model.hidden(tokens, cache, start)[:, -1])  # (B, V)
-    place = runtime.device if runtime.device.type == "cuda" else "cpu"
-    logits, chances = logits[:, :vocab_size].float().to(place), chances.to(place)
-    ids = draw(logits.expand(len(chances), -1), temperature, top_k, top_p, chances)
-    return ids, logits.isfinite().all().long()
+        x = model.hidden(tokens[:, None], cache, position)  # (B, 1, C)
+        return model.head(x[:, -1])  # (B, V)
 
 
-def draw(logits, temperature, top_k, top_p, chances):
-    """Return one id for each row of logits (B, V), from softmax(logits / temperature) over the
-    top_k, and of those over the nucleus of top_p (Holtzman et al. 2020, section 3.1).
+def decode_and_sample(model, tokens, cache, position, uniforms, sampling, runtime):
+    """`decode`, then `sample_ids`: all that happens on the device for one token of each sample."""
+    logits = decode(model, tokens, cache, position, runtime)  # (B, V)
+    return sample_ids(logits, uniforms, sampling)  # (B,), ()
 
-    chances: (B,) float64 in [0, 1): each row's place in its cumulative distribution, so that a
-    seed, which gives them, means the same on every device and for every batch size.
+
+def compile_decode_step(cache, device):
+    """Return decode_and_sample compiled; on CUDA into one graph, which costs a single launch.
+
+    The graph needs the same shapes and addresses for every token. Therefore it gets the position
+    as a tensor, and torch is told that the cache stays where it is, or it would copy the cache.
     """
-    if temperature == 0 or top_k == 1:
-        return logits.argmax(-1)
-    k = min(top_k or logits.shape[-1], logits.shape[-1])
-    if k < logits.shape[-1] or top_p < 1:
-        logits, ids = logits.topk(k)  # each (B, k), the largest first
+    torch._dynamo.mark_static_address(cache)
+    compiled = torch.compile(decode_and_sample, mode="reduce-overhead", fullgraph=True)
+    position_tensor = torch.zeros((), dtype=torch.int64, device=device)
+
+    def decode_step(model, tokens, cache, position, uniforms, sampling, runtime):
+        position_tensor.fill_(position)
+        return compiled(model, tokens, cache, position_tensor, uniforms, sampling, runtime)
+
+    return decode_step
+
+
+def sample_ids(logits, uniforms, sampling):
+    """Draw one id for each row of logits (B, V). Return (ids (B,) int64, are all logits finite ()).
+
+    The distribution is softmax(logits / temperature), cut to the top_k most probable tokens and
+    then to the nucleus of top_p (Holtzman et al. 2020, section 3.1). It is drawn from by inversion:
+    uniforms, (B,) float64 in [0, 1), is looked up in the cumulative distribution. So a seed, which
+    gives the uniforms, means the same on every device and for every batch size. The drawing
+    happens on the uniforms' device.
+    """
+    # Leave out the ids that only pad the vocabulary.
+    logits = logits[:, :sampling.vocab_size].float().to(uniforms.device)  # (B, V)
+    is_finite = logits.isfinite().all()  # ()
+    # Greedy: nothing is drawn.
+    if sampling.temperature == 0 or sampling.top_k == 1:
+        return logits.argmax(-1), is_finite
+
+    # Keep the k most probable candidates. Sort them where their order matters, for the nucleus.
+    k = vocab_size = logits.shape[-1]
+    if sampling.top_k > 0:
+        k = min(sampling.top_k, vocab_size)
+    if k < vocab_size or sampling.top_p < 1:
+        logits, candidates = logits.topk(k)  # each (B, k), the largest first
     else:
-        ids = torch.arange(k, device=logits.device).expand_as(logits)
+        candidates = torch.arange(k, device=logits.device).expand_as(logits)  # (B, k)
+
+    # The cumulative probabilities. Subtract the largest logit first, or a tiny temperature would
+    # overflow.
     logits = logits.double()
-    # subtracting the largest first keeps a tiny temperature from overflowing
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    sums = torch.softmax(logits, -1).cumsum(-1)  # (B, k)
-    whole = sums[:, -1:]  # (B, 1)
-    if top_p < 1:
-        last = torch.searchsorted(sums, top_p * whole).clamp(max=k - 1)  # of the nucleus
-        whole = sums.gather(-1, last)
-    place = torch.searchsorted(sums, chances[:, None] * whole, right=True).clamp(max=k - 1)
-    return ids.gather(-1, place)[:, 0]  # (B,)
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # (B, k)
+    cumulative = torch.softmax(logits, -1).cumsum(-1)  # (B, k)
+    total = cumulative[:, -1:]  # (B, 1)
+
+    # The nucleus ends at the first candidate at which the probabilities sum to top_p.
+    if sampling.top_p < 1:
+        last = torch.searchsorted(cumulative, sampling.top_p * total).clamp(max=k - 1)  # (B, 1)
+        total = cumulative.gather(-1, last)  # (B, 1)
+
+    # Draw: the first candidate whose cumulative probability is above the uniform number.
+    drawn = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)  # (B, 1)
+    return candidates.gather(-1, drawn.clamp(max=k - 1))[:, 0], is_finite
+
+
+def fetch_ids(ids, is_finite, runtime):
+    """Return ids (B,) as a list: the only time that generation waits for the device. Raises
+    UserError where the logits were not finite."""
+    *new_ids, is_finite = torch.cat((ids, is_finite[None])).tolist()
+    if not is_finite:
+        raise UserError("the logits are not finite: either training diverged, or "
+                        f"{runtime.dtype} is too narrow for this model; try --dtype=float32")
+    return new_ids
+
+
+def cast_weights(model, dtype):
+    """Convert the weight matrices to the number format of matrix products, once and not per token.
+
+    The position embedding stays float32, and so does a token embedding that is not also the
+    head's matrix: they are looked up, not multiplied, and the residual stream gets its number
+    format from them, as under autocast.
+    """
+    # A tied token embedding is the head's matrix too, and is converted.
+    looked_up = ["wpe.weight"]
+    if not model.config.tied:
+        looked_up.append("wte.weight")
+    for name, weight in model.named_parameters():
+        is_matrix = weight.dim() == 2
+        if is_matrix and not name.endswith(tuple(looked_up)):
+            weight.data = weight.data.to(dtype)

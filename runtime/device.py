@@ -33,6 +33,7 @@ def pick_device(name, local_rank=None):
     """
     if name == "auto":
         name = best_device_name()
+    # What torch can parse is a name of a device.
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -80,6 +81,7 @@ def pick_dtype(name, device):
         return torch.float32
     if name not in DTYPES:
         raise UserError(f"dtype={name!r}: choose auto, {', '.join(DTYPES)}")
+    # A bug in torch's attention on MPS, which float32 does not have.
     if device.type == "mps" and name != "float32" and torch.__version__ < (2, 13):
         raise UserError(f"dtype={name!r}: on mps torch {torch.__version__} lets a token see later "
                         "ones (pytorch issue 195910); use --dtype=float32, or torch 2.13")
@@ -119,11 +121,13 @@ def peak_flops(runtime):
 
 def describe(runtime):
     """Return one line: device, number format, number of processes."""
+    # The device: a GPU's name says what it is, for a CPU the number of threads matters.
     device = f"device {runtime.device}"
     if runtime.is_cuda:
         device += f" ({torch.cuda.get_device_name(runtime.device)})"
     elif runtime.device.type == "cpu":
         device += f" ({torch.get_num_threads()} threads)"
+    # The number format and the processes.
     dtype = str(runtime.dtype).removeprefix("torch.")
     processes = "1 process"
     if runtime.world_size > 1:

@@ -15,10 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from configurator import UserError
 from runtime.device import describe
 
-# The kernels that never hold attention's matrix (T, T) in memory, by the names that we print.
+# The kernels that never hold attention's matrix (T, T) in memory, by the names that we print:
+# FlashAttention (Dao 2023), cuDNN's, and xFormers' memory-efficient one.
 FUSED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
          "efficient": SDPBackend.EFFICIENT_ATTENTION}
-PICKED = ExitStack()  # holds torch's context with the order that pick_attention found
+# Holds torch's context with the order that pick_attention found, until it is called again.
+PICKED = ExitStack()
 
 
 def compile_model(model, choice, runtime):
@@ -112,7 +114,8 @@ def time_attention(kernel, qkv, dropout, runtime, repeats):
             times.append(time.perf_counter() - start)
     except RuntimeError:
         return math.inf
-    return statistics.median(times[2:])  # the first two set the kernel up
+    # The first two calls set the kernel up.
+    return statistics.median(times[2:])
 
 
 def attention_time(name, seconds):
@@ -133,6 +136,7 @@ def use_fp8(model, runtime, emulate=False):
     if not emulate and not has_fp8(runtime):
         raise UserError("fp8=True needs a CUDA GPU of compute capability 8.9 or higher (Ada, H100 "
                         f"and later), here is {describe(runtime)}; leave fp8 out")
+    # The product that gives a weight's gradient sums over B * T tokens.
     if model.config.block_size % 16:
         raise UserError(f"fp8=True with block_size={model.config.block_size}: it must be a "
                         "multiple of 16, as all sizes of such products")

@@ -70,7 +70,7 @@ def set_cuda_defaults(device):
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Without this each process would put its first tensors on GPU 0, and fill it.
     torch.cuda.set_device(device)
-    # Products of float32 matrices use TF32, which is several times faster and precise enough.
+    # Matrix products that are left in float32 run on the tensor cores, as TF32.
     torch.set_float32_matmul_precision("high")
 
 
@@ -115,7 +115,7 @@ class Runtime:
 
     def to_device(self, array):
         """Return a numpy array, or a tensor on the CPU, as a tensor on the device."""
-        tensor = torch.as_tensor(array)
+        tensor = torch.as_tensor(array)  # no copy of a numpy array
         # From pinned memory the copy to a GPU runs beside the program.
         if self.is_cuda:
             return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -127,8 +127,9 @@ class Runtime:
 
     def sum(self, tensor):
         """Sum a tensor over all processes, in place; return it."""
+        # A sum and not an average, which gloo does not have.
         if self.world_size > 1:
-            dist.all_reduce(tensor)  # SUM: gloo has no average
+            dist.all_reduce(tensor)
         return tensor
 
     def all_max(self, *numbers):
@@ -193,6 +194,7 @@ class Runtime:
         # while it waits for these threads to end: this deadlocked 1 run of 14. The sleep lets the
         # threads finish first.
         time.sleep(0.1)
+        # After an error the others may never arrive, and this would wait for them.
         if exception_type in (None, SystemExit):
             dist.destroy_process_group()
 
@@ -215,8 +217,10 @@ def shard_model(model, runtime):
     """Return the model with its parameters sharded over the processes, by FSDP2."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # The model returns a view, which must not be changed in place; nobody does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = dist.init_device_mesh(runtime.device.type, (runtime.world_size,))
+    # Gather parameters in the number format of products, but sum gradients in float32.
     policy = MixedPrecisionPolicy()
     if runtime.dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=runtime.dtype, reduce_dtype=torch.float32)
@@ -254,9 +258,9 @@ def compute_in_shares(function, batch):
     """
     if not dist.is_initialized() or len(batch) == 1:
         return function(batch)
-    world_size = dist.get_world_size()
 
     # Each process takes equally many items; where they run out, zeros fill its share.
+    world_size = dist.get_world_size()
     share = math.ceil(len(batch) / world_size)
     first = share * dist.get_rank()
     mine = batch[first:first + share]
@@ -266,6 +270,7 @@ def compute_in_shares(function, batch):
 
     # Each process gets the shares of all, in order.
     results = batch.new_empty(share * world_size, *batch.shape[1:])
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name
+    # torch 2.13 renamed the function.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     gather(results, result)
     return results[:len(batch)]

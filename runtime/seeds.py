@@ -8,5 +8,6 @@ def seed_for(*purpose):
 
     So the random numbers of an iteration need no saved state: a resumed run draws the same ones.
     """
+    # blake2b and not hash(), which differs from process to process.
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -11,6 +11,7 @@ class Signals:
 
     pending: 0, or the number of the last signal; a signal to save does not replace one to stop.
     """
+    # The signals after which the run ends, and the one after which it saves and goes on.
     STOP = (signal.SIGINT, signal.SIGTERM)
     SAVE = getattr(signal, "SIGUSR1", 0)  # Windows has none
 
@@ -28,6 +29,7 @@ class Signals:
         return self
 
     def __exit__(self, *exception):
+        # From here on signals do what they did before.
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 

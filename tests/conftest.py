@@ -1,4 +1,5 @@
-"""What all tests share: the repository on the path, GPT-2's tokenizer, web documents, processes."""
+"""What all tests share: the repository on the path, number formats, GPT-2's tokenizer, web
+documents, several processes."""
 
 import gzip
 import json
@@ -20,6 +21,29 @@ if CACHE.is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(CACHE))
 
 
+def product_files():
+    """Return the paths of the product's Python files: the top level, and the folders it imports."""
+    found = [*ROOT.glob("*.py")]
+    for package in ROOT.glob("*/__init__.py"):
+        found += package.parent.rglob("*.py")
+    return sorted(found)
+
+
+# A test of what rounding would blur: one number computed in two orders, or a golden loss.
+in_float32 = pytest.mark.parametrize("number_format", ["float32"], indirect=True)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def number_format(request, monkeypatch):
+    """Run the test in both number formats, whatever this processor is: dtype=auto chooses float32,
+    then bfloat16, which torch emulates where the processor has no unit for it."""
+    import torch
+
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: request.param == "bfloat16")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def gpt2():
     """GPT-2's tokenizer; without its files the test is skipped."""
@@ -39,6 +63,17 @@ def web():
         pytest.skip(f"no web documents: {path} is missing")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file]
+
+
+@pytest.fixture
+def ready_made(tmp_path):
+    """A folder with ready-made FineWeb shards: two for training, one for validation."""
+    from token_files import write_token_file
+
+    write_token_file(tmp_path / "fineweb_train_000001.bin", range(100, 150))
+    write_token_file(tmp_path / "fineweb_train_000002.bin", range(200, 230))
+    write_token_file(tmp_path / "fineweb_val_000000.bin", range(300, 340))
+    return tmp_path
 
 
 def in_processes(count, function, **env):

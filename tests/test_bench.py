@@ -11,6 +11,7 @@ import bench
 import configurator
 import prepare
 import train
+from runtime import child
 from training import log as run_log
 
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=7", "--block_size=13", "--batch_size=2",
@@ -60,18 +61,19 @@ def peer(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Our side is measured in this process, which has torch already, and a small machine."""
-    own = bench.process
+    own = child.run_python
 
-    def process(script, *flags, **place):
+    def run_python(script, *flags, **options):
         if script != "bench.py":
-            return own(script, *flags, **place)
+            return own(script, *flags, **options)
         lines = []
         with monkeypatch.context() as patch:
-            patch.setattr("builtins.print", lambda *text, **kw: lines.append((0.0, text[-1])))
+            patch.setattr("builtins.print", lambda *text, **kw: lines.append(
+                child.Line(0.0, text[-1])))
             configurator.run(bench.main, base=train.main, argv=flags)
         return lines
 
-    monkeypatch.setattr(bench, "process", process)
+    monkeypatch.setattr(child, "run_python", run_python)
     monkeypatch.setattr(bench, "measure_machine", lambda device: {
         "float32_gflop_per_s": 1.0, "bfloat16_gflop_per_s": 1.0, "read_gb_per_s": 1.0})
 
@@ -136,8 +138,8 @@ def test_profile_writes_a_trace(capsys, tmp_path):
 
 def test_samples_are_those_of_sample_py(quick, peer, tmp_path, monkeypatch):
     drawn, own = [], bench.generate
-    monkeypatch.setattr(bench, "generate", lambda model, step, ids, generators, count, *rest: (
-        drawn.append((len(generators), count)) or own(model, step, ids, generators, count, *rest)))
+    monkeypatch.setattr(bench, "generate", lambda model, ids, generators, count, *rest: (
+        drawn.append((len(generators), count)) or own(model, ids, generators, count, *rest)))
     bench_with("--suite=sample", f"--compare={peer}", f"--log={tmp_path}/log", "--new_tokens=9",
                "--samples=3", "--repeats=1")
     _, ours, theirs = map(json.loads, (tmp_path / "log").read_text().splitlines())
@@ -164,11 +166,12 @@ def load_dataset(kind, data_files):
 
 def test_the_texts_are_cut_into_documents(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "' + "a" * 5001 + '"}\n{"text": "b"}\n')
-    path, documents = bench.write_texts(str(tmp_path / "in.jsonl"), 1, tmp_path)
+    path = tmp_path / "texts.jsonl"
+    bench.write_texts(str(tmp_path / "in.jsonl"), 1, path)
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    assert [len(text) for text in texts] == [5000, 1, 1] and documents == 3
+    assert [len(text) for text in texts] == [5000, 1, 1]
     with pytest.raises(ValueError, match="text='nowhere': no such file"):
-        bench.write_texts("nowhere", 1, tmp_path)
+        bench.write_texts("nowhere", 1, path)
 
 
 def test_start_is_until_the_first_iteration(quick, peer, tmp_path, monkeypatch):
@@ -186,31 +189,19 @@ def test_start_is_until_the_first_iteration(quick, peer, tmp_path, monkeypatch):
     assert sum(parts) < time.perf_counter() - began - 2 * 0.3  # and the one after it is not
 
 
-def test_the_machine_is_measured():
-    rates = bench.measure_machine(torch.device("cpu"), size=128)
-    assert list(rates) == ["float32_gflop_per_s", "bfloat16_gflop_per_s", "read_gb_per_s"]
-    assert all(rate > 0 for rate in rates.values())
-
-
 def test_the_table_has_medians_and_ratios_of_one_repeat():
-    text = bench.table({"a": [{"ms": 1.0}, {"ms": 8.0}, {"ms": 3.0}],
+    text = bench.table({bench.OURS: [{"ms": 1.0}, {"ms": 8.0}, {"ms": 3.0}],
                         "b": [{"ms": 2.0}, {"ms": 2.0}, {"ms": 2.0}]})
     assert re.split(r"  +", text.splitlines()[1]) == [
         "ms", "3 (1 to 8)", "2 (2 to 2)", "1.5 (0.5 to 4)"]
 
 
-def test_what_a_process_says_last_is_its_error(tmp_path):
-    (tmp_path / "fails.py").write_text("print('{}')\nraise OSError('no disk')")
-    with pytest.raises(ValueError, match="fails.py in .* exit code 1: OSError: no disk"):
-        bench.child("fails.py", cwd=tmp_path)
-
-
 @pytest.mark.parametrize("flags, says", [
-    (["--iterations=0"], "iterations=0: must be 1 or more"),
-    (["--suite=speed"], "suite='speed': choose train, sample, prepare, memory, start"),
+    (["--iterations=0"], "iterations=0: must be at least 1"),
+    (["--suite=speed"], "suite='speed': choose 'train', 'sample', 'prepare', 'memory', 'start'"),
     (["--compare=nowhere"], "compare='nowhere': has no train.py; give the folder of a nanoGPT"),
     (["--suite=sample", "--compare=/"], "compare='/': has no model.py"),
-    (["--compare=transformers"], "suite=sample alone"),
+    (["--compare=transformers"], "only suite=sample can do that"),
     (["--suite=memory", "--profile=True"], "profile=True: suite=memory has none"),
     (["--dataset=nowhere"], "python prepare.py --dataset=nowhere"),
     (["--n_heads=3"], "did you mean 'n_head'?"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.child import run_python
+from runtime.child import figures_of_python, run_python
 
 
 def test_lines_have_the_time_at_which_they_came(tmp_path):
@@ -21,3 +21,8 @@ def test_what_a_process_says_last_is_its_error(tmp_path):
     (tmp_path / "mute.py").write_text("raise SystemExit(3)")
     with pytest.raises(ValueError, match="mute.py in .* exit code 3: $"):
         run_python("mute.py", cwd=tmp_path)
+
+
+def test_figures_are_the_last_line_of_json(tmp_path):
+    (tmp_path / "says.py").write_text("""print('{"a": 1}')\nprint('{"a": 2}')\nprint('end')""")
+    assert figures_of_python("says.py", cwd=tmp_path) == {"a": 2}

@@ -330,6 +330,64 @@ def test_our_config_files_are_settings_of_train(path):
     assert names and names <= set(configure(train.main, [str(path)]))
 
 
+# ---------------------------------------------------------------------- config/modern.py on others
+
+
+RECIPE = dict(  # what every config with the modern recipe said when it was pasted into each
+    bias=False, rope=True, rmsnorm=True, qk_norm=True, mlp="relu2", tied=False, zero_init=True,
+    softcap=15.0, residual_scalars=True, optimizer="muon", learning_rate=4e-3, muon_lr=0.025,
+    embed_lr=0.3, weight_decay=0.05, beta1=0.8, beta2=0.95, grad_clip=0.0, schedule="wsd",
+    min_lr=0.0, warmup_iters=0)
+STDLIB_MODERN = dict(
+    RECIPE, dataset="stdlib", out_dir="out/stdlib_modern", eval_interval=200, eval_iters=40,
+    log_interval=10, batch_size=16, gradient_accumulation_steps=1, block_size=128, n_layer=4,
+    n_head=4, n_embd=128, value_embeds=True, decay_share=0.5, max_iters=600, lr_decay_iters=600)
+GPT2_MODERN = dict(
+    RECIPE, dataset="fineweb", out_dir="out/modern", wandb_project="gpt2",
+    total_batch_size=524288, batch_size=64, block_size=1024, n_layer=12, n_head=6, n_embd=768,
+    value_embeds=False, decay_share=0.7, max_iters=3250, lr_decay_iters=3250, eval_interval=250,
+    eval_iters=160, log_interval=10)
+CHARACTERS_MODERN = dict(
+    RECIPE, dataset="shakespeare_char", out_dir="out/shakespeare_char_modern",
+    wandb_project="shakespeare-char", eval_interval=100, eval_iters=27, log_interval=10,
+    batch_size=16, gradient_accumulation_steps=1, block_size=256, n_layer=6, n_head=6, n_embd=384,
+    dropout=0.0, mlp="swiglu", value_embeds=True, muon_lr=0.04, decay_share=0.5, max_iters=370,
+    lr_decay_iters=370)
+GPT2_FLAGS = ("config/train_gpt2.py config/modern.py --n_head=6 --decay_share=0.7 "
+              "--max_iters=3250 --lr_decay_iters=3250 --out_dir=out/modern")
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ("config/train_stdlib.py config/modern.py --max_iters=600 --lr_decay_iters=600 "
+     "--out_dir=out/stdlib_modern", STDLIB_MODERN),
+    (GPT2_FLAGS, GPT2_MODERN),
+    (f"{GPT2_FLAGS} --batch_size=32 --eval_iters=320",
+     dict(GPT2_MODERN, batch_size=32, eval_iters=320)),
+    ("config/train_shakespeare_char.py config/modern.py config/train_shakespeare_char_modern.py",
+     CHARACTERS_MODERN),
+], ids=["stdlib", "gpt2", "gpt2-1gpu", "characters"])
+def test_the_modern_recipe_on_other_configs(arguments, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    defaults = configure(train.main, [])
+    assert configure(train.main, arguments.split()) == {**defaults, **expected}
+
+
+def test_make_train_trains_the_modern_recipe(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    variables = dict(re.findall(r"^(\w+) = (.*)$", makefile, flags=re.MULTILINE))
+    assert "train.py $(CONFIG) --out_dir=$(RUN) " in makefile
+    settings = configure(train.main,
+                         [*variables["CONFIG"].split(), f"--out_dir={variables['RUN']}"])
+    assert settings == {**configure(train.main, []), **STDLIB_MODERN}
+
+
+@pytest.mark.parametrize("n_embd, expected", [(128, True), (384, True), (385, False)])
+def test_only_small_models_get_value_embeddings(n_embd, expected):
+    settings = configure(train.main, [f"--n_embd={n_embd}", str(ROOT / "config/modern.py")])
+    assert settings["value_embeds"] is expected
+
+
 # ---------------------------------------------------------------------- two mains, three layers
 
 
@@ -479,7 +537,7 @@ run(main)
 
 @pytest.mark.parametrize("mistake, code, ends", [
     ("", 0, ""),
-    ("user", 2, "error: shard_tokens=0: must be at least 1 and below 2**31\n"),
+    ("user", 2, "error: shard_tokens=0: must be at least 1 and below 2147483648\n"),
     ("library", 1, "ValueError: malformed node or string"),
     ("ours", 1, "TypeError: ours\n"),
 ])

@@ -1,4 +1,4 @@
-"""corpus.py: documents from every kind of file, in pieces; what is wrong with them; the hub."""
+"""corpus.py: the pieces of documents, from files and from the hub, from any position on."""
 
 import gzip
 import json
@@ -10,8 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's libraries are imported
 
-from text import corpus  # noqa: E402
-from text.corpus import Files
+from documents import corpus, readers  # noqa: E402
+from documents.corpus import Files  # noqa: E402
 
 TRICKY = ("First\r\nline\r\n\r\n\r\nit's 3.14 -- don't!\n\n\n\n\n    indented = True  # 1,000\n\t"
           "tab \n  \n漢字かな、カナ。句点！これは空白のない文章です。 😀 👩\u200d👩 é e\u0301 ½"
@@ -121,68 +121,9 @@ def test_text_without_a_safe_place_is_cut_at_the_limit(monkeypatch):
     assert corpus.cut("don't, so") == ["don't", ", so"]
 
 
-@pytest.mark.parametrize("bad_text, kept", [("skip", ["good one"]),
-                                            ("replace", ["bad \ufffd one", "good one"])])
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
-def test_bad_text_is_skipped_or_replaced(tmp_path, capsys, kind, bad_text, kept):
-    corpus.warn_once.cache_clear()
-    if kind == "txt":
-        packed(tmp_path / "in/a.txt", b"bad \xff one")
-        packed(tmp_path / "in/b.txt", b"good one")
-    else:
-        rows = {"jsonl": b'{"text": "bad \xff one"}\n{"text": "good one"}\n',
-                "csv": b"text\nbad \xff one\ngood one\n"}[kind]
-        packed(tmp_path / f"in/x.{kind}", rows)
-    pieces = read(sorted((tmp_path / "in").iterdir()), "text", bad_text)
-    assert pieces == [(True, text) for text in kept]
-    read(sorted((tmp_path / "in").iterdir()), "text", bad_text)
-    said = capsys.readouterr().err
-    assert said.count("skipped: ") == (bad_text == "skip")
-    assert (": not UTF-8" in said) == (bad_text == "skip")
-
-
-def test_the_position_of_bad_text_is_exact(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 8)
-    for good in range(1, 40):
-        path = packed(tmp_path / "x.txt", b"\xc3\xa9" * good + b"\xc3(" + b"x" * 30)
-        with pytest.raises(ValueError, match=rf"x\.txt, byte {2 * good}: not UTF-8 \(0xc3"):
-            read([path], "text")
-
-
-@pytest.mark.parametrize("name", ["x.txt.gz", "x.txt.zst", "x.jsonl.zst"])
-def test_a_damaged_packed_file_is_named(tmp_path, name):
-    path = packed(tmp_path / name, b'{"text": "' + bytes(range(65, 91)) * 99 + b'"}')
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{name}(: damaged|, line 1: not JSON)"):
-        read([path], "text")
-    path.write_bytes(b"this is not packed")
-    with pytest.raises(ValueError, match=f"{name}: damaged"):
-        read([path], "text")
-
-
-def test_a_csv_without_the_column(tmp_path):
-    path = packed(tmp_path / "x.csv", b"id,body\n1,text\n")
-    with pytest.raises(ValueError, match="no column 'text' .it has: id, body.; name it with"):
-        read([path], "text")
-
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_other_columns_come_with_the_text(tmp_path, kind):
-    if kind == "parquet":
-        path = write_parquet(tmp_path / "x.parquet", ["a", "b"])
-        rows = [{"id": 0}, {"id": 1}]
-    elif kind == "jsonl":
-        path, rows = write_jsonl(tmp_path / "x.jsonl", ["a", "b"]), [{"id": 7}, {"id": 7}]
-    else:
-        path, rows = packed(tmp_path / "x.csv", b"id,text\n7,a\n8,b\n"), [{"id": "7"}, {"id": "8"}]
-    more = ("url", "id")
-    assert list(Files([path], "text", "stop", more)) == [(True, "a", rows[0]), (True, "b", rows[1])]
-    assert [row for *_, row in Files([path])] == [{}, {}]
-
-
-def test_from_every_place_the_rest_follows(tmp_path, monkeypatch):
+def test_from_every_position_the_rest_follows(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 50)
+    monkeypatch.setattr(readers, "CHUNK", 50)
     long = "some words of it, " * 20
     paths = [packed(tmp_path / "a.txt.gz", long.encode()),
              write_jsonl(tmp_path / "b.jsonl", ["", "one", long, "two"]),
@@ -191,16 +132,16 @@ def test_from_every_place_the_rest_follows(tmp_path, monkeypatch):
              packed(tmp_path / "e.csv", b"text\nfive\n\"six\nseven\"\n"),
              packed(tmp_path / "f.txt", b"bad \xff"), write(tmp_path / "g.md", long)]
     files = Files(paths, "text", "skip")
-    places, whole, shares = [files.place], [], []
+    positions, whole, shares = [files.position], [], []
     for starts, text, _ in files:
         whole.append((starts, text))
-        places.append(files.place)
+        positions.append(files.position)
         shares.append(files.share_done())
     assert len(whole) > 30 and sum(starts for starts, _ in whole) == 10
     assert shares == sorted(shares) and shares[0] < 0.3 and shares[-1] <= 1
-    for done, place in enumerate(places):
+    for done, position in enumerate(positions):
         files = Files(paths, "text", "skip")
-        files.place = json.loads(json.dumps(place))
+        files.position = json.loads(json.dumps(position))
         assert [(starts, text) for starts, text, _ in files] == whole[done:]
 
 
@@ -217,31 +158,32 @@ def test_a_changed_corpus_has_another_fingerprint(tmp_path):
 # ---------------------------------------------------------------------- the hub
 
 
-def hub(column="text", more=()):
-    opened = corpus.Hub("fineweb", column, more)
+def hub(column="text", extra_columns=()):
+    opened = corpus.Hub("fineweb", column, extra_columns)
     opened.connect()
     return opened
 
 
-def test_the_hub_s_rows_come_from_every_place(tmp_path, monkeypatch):
+def test_the_hub_s_rows_come_from_every_position(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 50)
     texts = [f"document {i}, " + "a word " * (30 if i % 11 == 0 else i % 4) for i in range(70)]
     on_hub(monkeypatch, tmp_path / "hub", [*texts, ""])
-    stream, places, whole = hub(more=("language", "no such")), [], []
-    first = json.dumps(stream.place)
+    stream, positions, whole = hub(extra_columns=("language", "no such")), [], []
+    first = json.dumps(stream.position)
     for starts, text, row in stream:
         whole.append((starts, text))
         assert set(row) == {"language"}
-        places.append(json.dumps(stream.place) if stream.between else None)
+        positions.append(json.dumps(stream.position) if stream.at_boundary else None)
     assert "".join(text for _, text in whole) == "".join(texts)
-    assert sum(starts for starts, _ in whole) == 70 and None in places
-    assert stream.count == 71 and 0 <= stream.share_done() <= 1
-    for done, place in [(0, first), *enumerate(places, 1)][::17] + [(len(whole), places[-1])]:
-        if place:
+    assert sum(starts for starts, _ in whole) == 70 and None in positions
+    assert stream.rows_read == 71 and 0 <= stream.share_done() <= 1
+    some = [(0, first), *enumerate(positions, 1)][::17] + [(len(whole), positions[-1])]
+    for done, position in some:
+        if position:
             again = hub()
-            again.place = json.loads(place)
+            again.position = json.loads(position)
             assert [(starts, text) for starts, text, _ in again] == whole[done:]
-    stream.place = json.loads(first)
+    stream.position = json.loads(first)
     assert [(starts, text) for starts, text, _ in stream] == whole
 
 

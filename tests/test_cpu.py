@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from model import GPT, GPTConfig
 from runtime import cpu
-from runtime.cpu import dropout_by_bits
+from runtime.cpu import dropout_by_bits, use_fast_dropout
 
 
 def test_a_cpu_alone_is_tuned(monkeypatch):
@@ -75,8 +76,8 @@ def test_dropout_by_bits_draws_what_earlier_runs_drew():
 
 
 def test_dropout_by_bits_is_dropout():
-    """The number format stays; nothing is drawn where there is nothing to drop; any shape will do;
-    a compiled graph has torch's own."""
+    """The number format stays; nothing is drawn where there is nothing to drop; any shape will
+    do."""
     x = torch.randn(5, 7, dtype=torch.bfloat16)
     torch.manual_seed(3)
     assert dropout_by_bits(x, 0.3).dtype == torch.bfloat16
@@ -86,4 +87,62 @@ def test_dropout_by_bits_is_dropout():
     assert torch.equal(torch.get_rng_state(), before)
     for shape in ((0,), (), (2, 3, 5)):
         assert dropout_by_bits(torch.ones(shape), 0.3).shape == shape
-    torch.compile(dropout_by_bits, backend="aot_eager", fullgraph=True)(x, 0.3)
+
+
+@pytest.mark.parametrize("mask", ["causal", "documents", "none"])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_dropout_is_torch_s_but_for_the_mask_of_dropout(dtype, kv_heads, mask,
+                                                                       monkeypatch):
+    """To the last bit, forward and backward, so that earlier runs' losses stay the same."""
+    documents = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    masks = {"documents": (documents[:, None] == documents).tril(), "causal": None, "none": None}
+    options = dict(attn_mask=masks[mask], is_causal=mask == "causal", scale=0.3,
+                   enable_gqa=kv_heads != 6)
+    torch.manual_seed(4)
+    qkv = [torch.randn(3, heads, 7, 5).to(dtype) for heads in (6, kv_heads, kv_heads)]
+
+    def outputs(attend, dropout_p):
+        inputs = [x.clone().requires_grad_() for x in qkv]
+        y = attend(*inputs, dropout_p=dropout_p, **options)
+        y.backward(torch.ones_like(y))
+        return [y, *(x.grad for x in inputs)]
+
+    # torch's own, in which dropout is so improbable that it only chooses the kernel
+    theirs = outputs(torch.nn.functional.scaled_dot_product_attention, 1e-30)
+    monkeypatch.setattr(cpu, "dropout_by_bits", lambda x, p: x)
+    for ours, their in zip(outputs(cpu.attention_with_dropout, 1e-30), theirs, strict=True):
+        assert ours.dtype == dtype and torch.equal(ours, their)
+
+
+def test_attention_s_dropout_zeroes_weights_and_keeps_the_mean():
+    q = torch.zeros(64, 2, 7, 5)  # all weights are 1/7
+    v = torch.ones(64, 2, 7, 5)
+    torch.manual_seed(4)
+    y = cpu.attention_with_dropout(q, q, v, dropout_p=0.25)
+    kept = y[..., 0] * 7 * 0.75  # of seven weights, how many were kept
+    torch.testing.assert_close(kept, kept.round())
+    assert len(kept.round().unique()) > 3 and y.mean().item() == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(cpu.attention_with_dropout(q, q, v), v)  # dropout_p is 0
+
+
+def test_a_model_on_a_cpu_draws_all_its_masks_by_bits(monkeypatch):
+    """And on a GPU none."""
+    config = GPTConfig(block_size=13, vocab_size=11, n_layer=2, n_head=1, n_embd=7, dropout=0.25)
+    model = GPT(config)
+    tokens = torch.zeros(2, 13, dtype=torch.int64)
+    calls = []
+    own = dropout_by_bits
+    monkeypatch.setattr(cpu, "dropout_by_bits", lambda *args: calls.append(args) or own(*args))
+    use_fast_dropout(model, torch.device("cuda", 0))
+    model(tokens, tokens)
+    assert not calls
+    use_fast_dropout(model, torch.device("cpu"))
+    model(tokens, tokens)
+    assert len(calls) == 1 + 2 * 3  # the embedding; in each layer attention, and two outputs
+    torch.manual_seed(8)
+    first = model(tokens, tokens)
+    torch.manual_seed(9)
+    assert not torch.equal(model(tokens, tokens), first)
+    model.eval()
+    assert torch.equal(model(tokens, tokens), model(tokens, tokens))

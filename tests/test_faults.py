@@ -1,10 +1,10 @@
-"""faults.py, one round of each kind; `python tests/faults.py --minutes=10` runs more of them."""
+"""One round of each kind of faults.py; `python tests/faults.py --minutes=10` runs more of them."""
 
 import faults
 
 
 def test_nothing_is_lost(monkeypatch):
-    monkeypatch.setattr(faults.train, "draw_loss", faults.train.draw_loss)  # restored after it
+    monkeypatch.setattr(faults.log, "draw_loss", faults.log.draw_loss)  # restore it afterwards
     counts = faults.main(minutes=0.4)
     assert not counts["lost"] and not counts["tracebacks"] and not counts["hanging"], counts
     assert counts["kills"] >= 2 and counts["equal"] == counts["resumes"] >= 3, counts

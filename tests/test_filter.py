@@ -1,4 +1,4 @@
-"""filter.py: the same documents kept as by text/filters.py alone, resumed, and as SLURM jobs."""
+"""filter.py: it keeps what documents/filters.py keeps, goes on, and runs as SLURM jobs."""
 
 import gzip
 import json
@@ -9,11 +9,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_filters import ALL, NONE, ROOT, edited, judge
+from test_dedup import edited
+from test_filters import ALL, NONE, ROOT, judge
 
 import filter
-from text import pipeline
-from text.filters import c4, pii
+from documents.rules import c4, pii
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_pipeline_keeps_what_the_judge_keeps(corpus, capsys):
     (corpus.folder / "out.work/logs/filters/completions/00001").unlink()  # as if it was stopped
     (corpus.folder / "out/00001.jsonl.gz").write_bytes(b"half")
     assert do(corpus, capsys, **settings) == printed and read(corpus.folder / "out") == rows
-    with pytest.raises(ValueError, match="begun with other settings or files"):
+    with pytest.raises(ValueError, match="started with other settings or files"):
         do(corpus, capsys, filters="gopher")
 
 
@@ -126,7 +126,7 @@ def test_pipeline_wrong_input(corpus, capsys):
                            ({"input": f"{corpus.folder}/mixed"}, "of one kind"),
                            ({"input": f"{corpus.folder}/none"}, "has files of no kind"),
                            ({"output": "full"}, "has files already"),
-                           ({"dedup": "x"}, "choose exact")):
+                           ({"dedup": "x"}, "choose '', 'exact'")):
         with pytest.raises(ValueError, match=says):
             do(corpus, capsys, **settings)
 
@@ -135,9 +135,10 @@ def test_executors_get_what_was_asked_for(tmp_path):
     pytest.importorskip("datatrove")
     pytest.importorskip("orjson")
     work = f"{tmp_path}/out.work"
-    stages = pipeline.pipelines(f"{tmp_path}", ".jsonl", f"{tmp_path}/out", work,
-                               NONE | {"dedup": "near"}, "text", tasks=100)
-    made = pipeline.executors(stages, work, 40, {"partition": "cpu", "time": "3:00:00"})
+    reader = filter.make_reader(f"{tmp_path}", ".jsonl")
+    stages = filter.make_stages(reader, f"{tmp_path}/out", work, NONE | {"dedup": "near"},
+                                tasks=100)
+    made = filter.make_executors(stages, work, 40, {"partition": "cpu", "time": "3:00:00"})
     assert [(e.job_name, e.tasks, e.workers, e.mem_per_cpu_gb) for e in made] == [
         ("flatgpt_filters", 100, 40, 4), ("flatgpt_signatures", 100, 40, 4),
         ("flatgpt_copies", 14, 14, 4), ("flatgpt_groups", 1, 1, 32), ("flatgpt_dedup", 100, 40, 4)]
@@ -145,7 +146,7 @@ def test_executors_get_what_was_asked_for(tmp_path):
     assert [e.depends for e in made] == [None, *made[:-1]]
     signature = made[1].pipeline[1].config
     assert (signature.n_grams, signature.num_buckets, signature.hashes_per_bucket) == (5, 14, 8)
-    local = pipeline.executors(stages, work, 40, {})
+    local = filter.make_executors(stages, work, 40, {})
     assert [type(e).__name__ for e in local] == ["LocalPipelineExecutor"] * 5
     assert [(e.tasks, e.workers) for e in local] == [(100, 40), (100, 40), (14, 14), (1, 1),
                                                      (100, 40)]

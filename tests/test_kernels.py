@@ -2,15 +2,16 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig
 from runtime import kernels
 from runtime.kernels import compile_model, pick_attention, use_fp8
 from runtime.processes import Runtime, setup
-from train import make_optimizer
+from training.setup import make_optimizers
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 GPU = Runtime(torch.device("cuda", 0), torch.bfloat16)
@@ -71,8 +72,13 @@ def kernels_in_order():
 
 def test_the_kernels_are_timed_as_the_model_calls_them(monkeypatch, own_order):
     calls, own = [], kernels.F.scaled_dot_product_attention
-    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", lambda *args, **kwargs: (
-        calls.append((args, kwargs, kernels_in_order())) or own(*args, **kwargs)))
+
+    def attention(*args, **kwargs):
+        calls.append((args, kwargs, kernels_in_order()))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(CausalSelfAttention, "attend", staticmethod(attention))
     config = replace(HEADS, dropout=0.1)
     low = replace(CPU, dtype=torch.bfloat16)
     with monkeypatch.context() as patch:  # dropout: on a CPU no fused kernel has it
@@ -204,7 +210,8 @@ def test_fp8_keeps_the_weights_and_comes_close(runtime):
     for name, gradient in gradients.items():
         assert (low_gradients[name] - gradient).norm() < 0.2 * gradient.norm(), name
     for settings in (dict(optimizer="adamw"), dict(optimizer="muon", muon_lr=0.02, embed_lr=0.3)):
-        optimizer = make_optimizer(model, dict(settings, learning_rate=1e-3, weight_decay=0.1,
-                                               beta1=0.9, beta2=0.95), runtime)
-        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        c = SimpleNamespace(**settings, learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
+        groups = [group for optimizer in make_optimizers(c, model, runtime.dtype)
+                  for group in optimizer.param_groups]
+        assert {id(p) for group in groups for p in group["params"]} == {
             number for _, number in before}

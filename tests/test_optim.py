@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training import optim
 from training.optim import (
-    Optimizer,
+    Muon,
     adamw,
+    kind_of_parameter,
+    load_optimizer_state,
     lr_at,
     muon_and_adamw,
-    muon_group,
-    orthogonal,
-    owner,
-    set_rates,
+    optimizer_state,
+    orthogonalize,
+    set_learning_rates,
 )
 
 CONFIG = GPTConfig(block_size=13, vocab_size=11, n_layer=2, n_head=3, n_embd=21)
@@ -68,10 +68,7 @@ def test_the_first_step_is_adamws():
         torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_later_steps_are_those_of_torchs_plain_adamw(kernel, monkeypatch):
-    if not kernel:  # as on a device that has none
-        monkeypatch.setattr(optim, "FUSED", ())
+def test_later_steps_are_those_of_torchs_plain_adamw():
     model = make()
     other = copy.deepcopy(model)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -95,6 +92,15 @@ MODERN = dict(bias=False, rope=True, n_embd=24, n_head=6, n_kv_head=3, mlp="swig
               value_embeds=True, residual_scalars=True)
 
 
+def groups_of(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def step(optimizers):
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def both(model, **changes):
     return muon_and_adamw(model, **{**dict(learning_rate=0.004, weight_decay=0.0, betas=BETAS,
                                            muon_lr=0.02, embed_lr=0.3), **changes})
@@ -103,9 +109,9 @@ def both(model, **changes):
 @pytest.mark.parametrize("changes", [{}, MODERN, dict(rmsnorm=True)])
 def test_muon_and_adamw_own_each_parameter_once_at_its_rate(changes):
     model = make(**changes)
-    optimizer = both(model)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizers = both(model)
+    rates = {id(p): group["lr"] for group in groups_of(optimizers) for p in group["params"]}
+    listed = [p for group in groups_of(optimizers) for p in group["params"]]
     assert len(listed) == len(rates) == len(list(model.parameters()))
     s = math.sqrt(model.config.n_embd / 768)
     expected = {"c_attn": 0.02, "c_fc": 0.02, "c_proj": 0.02, "lm_head": 0.004 / s,
@@ -115,7 +121,7 @@ def test_muon_and_adamw_own_each_parameter_once_at_its_rate(changes):
         kind = name.removesuffix(".weight").rpartition(".")[2]
         assert rates[id(p)] == pytest.approx(expected.get(kind, 0.015)), name
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer.step()
+    step(optimizers)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -125,29 +131,29 @@ def test_a_parameter_of_no_kind_is_refused_by_name():
     with pytest.raises(ValueError, match=r"transformer.adapter.weight, \(7, 5\): neither"):
         both(model)
     with pytest.raises(ValueError, match="h.0.c_fc.weight"):
-        owner("h.0.c_fc.weight", torch.zeros(2, 3, 5), True)
+        kind_of_parameter("h.0.c_fc.weight", torch.zeros(2, 3, 5), True)
     with pytest.raises(ValueError, match=r"not a parameter of \(3,\)"):
-        muon_group([torch.nn.Parameter(torch.zeros(3))], [[3]], 0.02, 0.0)
+        Muon([torch.nn.Parameter(torch.zeros(3))], [[3]], 0.02, 0.0)
 
 
 def test_frozen_parameters_are_left_to_neither():
     model = make()
     model.transformer.h[0].requires_grad_(False)
-    listed = [p for group in both(model).param_groups for p in group["params"]]
+    listed = [p for group in groups_of(both(model)) for p in group["params"]]
     assert len(listed) == 12 + 4
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 48, 24), (2, 24, 96)])
 def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = orthogonal(x)
+    found = orthogonalize(x)
     u, values, v = torch.linalg.svd(x, full_matrices=False)
     small = torch.linalg.svdvals(found)
     assert found.shape == shape and 0.3 < small.min() and small.max() < 1.3
     inside = u.mT @ found @ v.mT  # diagonal, as the directions are those of x
     off = inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-9
-    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+    assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
 
 
 def test_muon_is_torchs_for_a_matrix_in_one_part():
@@ -157,7 +163,7 @@ def test_muon_is_torchs_for_a_matrix_in_one_part():
             for shape in ((21, 21), (84, 21), (21, 84), (21, 21))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     parts = [[len(p)] for p in ours]
-    a = Optimizer([muon_group(ours, parts, 0.02, 0.0, torch.bfloat16)])
+    a = Muon(ours, parts, 0.02, 0.0, dtype=torch.bfloat16)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0)
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
@@ -172,22 +178,22 @@ def test_muon_is_torchs_for_a_matrix_in_one_part():
 
 def test_queries_keys_and_values_are_matrices_of_their_own():
     model = make(**MODERN)
-    both(model, weight_decay=0.0).step()
+    step(both(model, weight_decay=0.0))
     fresh = make(**MODERN)
     for name, rows in (("attn.c_attn", [24, 12, 12]), ("mlp.c_fc", [64, 64])):
         name = f"transformer.h.1.{name}.weight"
         p, old = model.get_parameter(name), fresh.get_parameter(name)
         moved = zip((old - p).split(rows), old.grad.split(rows), strict=True)
         for update, gradient in moved:
-            expected = orthogonal(gradient[None])[0] * max(1, len(gradient) / 24) ** 0.5
+            expected = orthogonalize(gradient[None])[0] * max(1, len(gradient) / 24) ** 0.5
             torch.testing.assert_close(update, 0.02 * expected, rtol=1e-3, atol=1e-5)
 
 
 def test_decay_is_cautious():
     """It acts only where the update has the sign of the weight."""
     with_decay, without = make(), make()
-    both(with_decay, weight_decay=0.5).step()
-    both(without).step()
+    step(both(with_decay, weight_decay=0.5))
+    step(both(without))
     for name, p in with_decay.named_parameters():
         old, other = make().get_parameter(name), without.get_parameter(name)
         if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
@@ -200,43 +206,63 @@ def test_decay_is_cautious():
 
 def test_muon_goes_on_exactly_from_its_saved_state(tmp_path):
     model = make(**MODERN)
-    optimizer = both(model, weight_decay=0.1)
-    optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    optimizers = both(model, weight_decay=0.1)
+    step(optimizers)
+    torch.save(optimizer_state(optimizers), tmp_path / "state.pt")
     other = copy.deepcopy(model)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         q.grad = p.grad.clone()
     resumed = both(other, weight_decay=0.1)
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for one in (optimizer, resumed):
-        one.step()
+    load_optimizer_state(resumed, torch.load(tmp_path / "state.pt", weights_only=True))
+    step(optimizers)
+    step(resumed)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_state_of_other_parameters_is_refused():
+    optimizers = both(make())
+    step(optimizers)
+    state = optimizer_state(optimizers)
+    with pytest.raises(ValueError, match="it is of 28 parameters, the model has 52"):
+        load_optimizer_state([adamw(make(n_layer=4), LR, DECAY, BETAS)], state)
+    with pytest.raises(ValueError, match="momentum_buffer are not what the optimizer keeps"):
+        load_optimizer_state([adamw(make(), LR, DECAY, BETAS)], state)
+    with pytest.raises(ValueError, match=r"of shape \(63, 21\) does not fit .* \(126, 42\)"):
+        load_optimizer_state(both(make(n_embd=42)), state)
 
 
 def test_each_group_has_its_share_of_its_own_peak_and_momentum_warms_up():
-    optimizer = both(make())
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    optimizers = both(make())
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     for number, momentum in ((0, 0.85), (150, 0.9), (300, 0.95), (1000, 0.95)):
-        set_rates(optimizer, peaks, 0.25, number)
-        assert [group["lr"] for group in optimizer.param_groups] == [p / 4 for p in peaks]
-        assert optimizer.param_groups[0]["momentum"] == pytest.approx(momentum)
+        set_learning_rates(optimizers, peaks, 0.25, number)
+        assert [group["lr"] for group in groups_of(optimizers)] == [
+            peak / 4 for peak in peaks[0] + peaks[1]]
+        assert optimizers[0].param_groups[0]["momentum"] == pytest.approx(momentum)
 
 
-def test_an_infinite_gradient_in_float16_skips_both_optimizers():
-    for wrong in (True, False):
-        model = make()
-        optimizer, scaler = both(model), torch.amp.GradScaler("cpu")
-        scaler.scale(torch.zeros(()))
-        if wrong:
-            model.transformer.ln_f.weight.grad[3] = math.inf
-        before = [p.detach().clone() for p in model.parameters()]
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
+@pytest.mark.parametrize("optimizers_of", [both, lambda model: [adamw(model, LR, DECAY, BETAS)]],
+                         ids=["muon", "adamw"])
+def test_a_step_that_is_found_bad_changes_neither_weights_nor_state(optimizers_of):
+    """found_inf on the device, as torch's fused optimizers have it."""
+    model = make()
+    optimizers = optimizers_of(model)
+    step(optimizers)
+    before = [p.detach().clone() for p in model.parameters()]
+    kept = copy.deepcopy(optimizer_state(optimizers))
+    for bad in (1.0, 0.0):
+        for p in model.parameters():
+            p.grad.fill_(math.nan if bad else 1.0)
+        for optimizer in optimizers:
+            optimizer.found_inf = torch.tensor(bad)
+        step(optimizers)
         same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
-        assert all(same) if wrong else not any(same)
+        assert all(same) if bad else not any(same)
+        if bad:
+            for number, tensors in optimizer_state(optimizers)["state"].items():
+                for name, tensor in tensors.items():
+                    assert torch.equal(tensor, kept["state"][number][name]), name
 
 
 # ---------------------------------------------------------------------- the schedules

@@ -23,9 +23,11 @@ import pytest
 from test_corpus import TRICKY, on_hub, packed, write, write_jsonl, write_parquet
 
 import prepare
-from formats import shards
+from configurator import UserError
+from documents import corpus, dedup
+from formats import preparation, ready_made, shards
 from formats.shards import TokenReader
-from text import corpus, dedup
+from text import show
 from text import split as text_split
 from text.tokenizer import Tokenizer
 
@@ -47,6 +49,12 @@ def do(tmp_path):
         return tmp_path / name
 
     return prepared
+
+
+def make_pieces_small(monkeypatch, characters):
+    """Let even short texts have many pieces and work units."""
+    monkeypatch.setattr(corpus, "PIECE", characters)
+    monkeypatch.setattr(text_split, "UNIT_CHARACTERS", characters)
 
 
 def ids_of(folder, split):
@@ -103,7 +111,7 @@ def test_shakespeare_in_gpt2_tokens(do, gpt2):
 
 
 def test_the_default_corpus_is_the_standard_library(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    monkeypatch.setattr("formats.dataset.ROOT", tmp_path)
     some = corpus.stdlib_files()[::7]
     monkeypatch.setattr(corpus, "stdlib_files", lambda: some)
     prepare.main()
@@ -124,7 +132,7 @@ def test_shakespeare_is_downloaded_once(monkeypatch, tmp_path):
         asked.append(url)
         return open(write(tmp_path / "server", "Tö be,\r\nor not." * 7), "rb")
 
-    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    monkeypatch.setattr("formats.dataset.ROOT", tmp_path)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for _ in range(2):
         prepare.main(dataset="shakespeare_char")
@@ -139,7 +147,7 @@ def test_offline_says_what_to_do(monkeypatch, tmp_path, error):
     def urlopen(url, timeout):
         raise error
 
-    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    monkeypatch.setattr("formats.dataset.ROOT", tmp_path)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for dataset in ("shakespeare", "shakespeare_char"):
         with pytest.raises(ValueError, match="cannot download https.*add --input=FILE"):
@@ -151,7 +159,8 @@ def test_gpt2_s_tokenizer_offline(monkeypatch, tmp_path, do):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.setattr("tiktoken.load.read_file", lambda path: (_ for _ in ()).throw(
         ConnectionError("no route")))
-    monkeypatch.setattr(prepare, "survey", lambda *args: 1 / 0)  # it is found out before reading
+    # It is found out before the text is read.
+    monkeypatch.setattr(prepare, "survey_corpus", lambda *args: 1 / 0)
     with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR.*or use --tokenizer=bytes"):
         do(write(tmp_path / "x.txt", "text"), tokenizer="gpt2")
 
@@ -280,7 +289,7 @@ def test_neither_split_is_empty(tmp_path, do, text, val_fraction):
 
 
 def test_a_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, do, gpt2, quick_gpt2, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 64)
+    make_pieces_small(monkeypatch, 64)
     texts = [TRICKY, "word " * 100, "漢字、かな。" * 50, "a\r\n" * 99, "x = 1\n    y\n" * 40]
     text = "".join(texts[:2] + texts[3:]) * 3
     folder = do(write(tmp_path / "x.txt", text), tokenizer="gpt2", val_fraction=0.2)
@@ -414,12 +423,12 @@ def test_bad_settings(tmp_path, do):
             ({"val_fraction": 1.0}, "val_fraction=1.0: must be above 0 and below 1"),
             ({"val_fraction": -0.5}, "val_fraction=-0.5: must be above"),
             ({"shard_tokens": 0}, "shard_tokens=0: must be at least 1"),
-            ({"shard_tokens": 2**31}, "shard_tokens=2147483648: must be at least 1 and below"),
-            ({"workers": -1}, "workers=-1: must be 0 or more"),
-            ({"max_tokens": -7}, "max_tokens=-7: must be 0 or more"),
-            ({"bad_text": "drop"}, "bad_text='drop': choose stop, skip or replace"),
+            ({"shard_tokens": 2**31}, "shard_tokens=2147483648: must be at least 1 and below 2147"),
+            ({"workers": -1}, "workers=-1: must be at least 0"),
+            ({"max_tokens": -7}, "max_tokens=-7: must be at least 0"),
+            ({"bad_text": "drop"}, "bad_text='drop': choose 'stop', 'skip', 'replace'"),
             ({"filters": "gofer"}, "unknown name 'gofer'; did you mean 'gopher'?"),
-            ({"dedup": "fuzzy"}, "dedup='fuzzy': choose exact, near or ''"),
+            ({"dedup": "fuzzy"}, "dedup='fuzzy': choose '', 'exact', 'near'"),
             ({"dedup": "exact"}, "a single text, and --dedup chooses among documents"),
             ({"filters": "gopher"}, "a single text, and --filters chooses among documents"),
             ({"tokenizer": "GPT2"}, "tokenizer='GPT2': choose bytes, chars, gpt2, bpe or the")):
@@ -548,7 +557,7 @@ ALL = {"filters": "gopher c4 pii", "dedup": "near"}
 def test_the_same_bytes_with_any_number_of_workers(tmp_path, do, monkeypatch, settings, request):
     if settings["tokenizer"] == "gpt2":
         request.getfixturevalue("quick_gpt2")
-    monkeypatch.setattr(corpus, "PIECE", 3000)
+    make_pieces_small(monkeypatch, 3000)
     (tmp_path / "in").mkdir()
     path = corpus_of_all_kinds(tmp_path / "in")
     one, two, three = (files_of(do(path, f"{workers}/data", shard_tokens=9000, workers=workers,
@@ -581,11 +590,12 @@ def stop(monkeypatch):
         monkeypatch.setattr(owner, name, step)
 
     at(10**9)
-    for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (prepare, "write_atomically"),
-                        (shards.ShardWriter, "add"), (shards.ShardWriter, "publish"),
-                        (shards.ShardWriter, "finish"), (dedup.Removed, "add")):
+    for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"),
+                        (preparation, "write_atomically"), (shards.ShardWriter, "add"),
+                        (shards.ShardWriter, "publish"), (shards.ShardWriter, "finish"),
+                        (dedup.RemovalLog, "add")):
         counted(owner, name)
-    monkeypatch.setattr(prepare, "NOTE", 0)
+    monkeypatch.setattr(prepare, "SAVE_INTERVAL", 0)
     return at
 
 
@@ -597,12 +607,12 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_anywhere_it_goes_on(tmp_path, monkeypatch, stop, kind):
-    monkeypatch.setattr(prepare, "gpt2_spec", lambda: (_ for _ in ()).throw(ValueError("offline")))
-    monkeypatch.setattr(corpus, "PIECE", 1500)
+    monkeypatch.setattr(prepare, "gpt2_spec", lambda: (_ for _ in ()).throw(UserError("offline")))
+    make_pieces_small(monkeypatch, 1500)
     texts, dataset = prose(70), f"{tmp_path}/{{}}/data"
     source = tmp_path / "x.jsonl"
     if kind == "first file":
-        monkeypatch.setattr(shards, "ROOT", tmp_path)
+        monkeypatch.setattr("formats.dataset.ROOT", tmp_path)
         on_hub(monkeypatch, tmp_path / "hub", texts)
         source = ""
         monkeypatch.setitem(corpus.ON_THE_HUB, "x", corpus.ON_THE_HUB["fineweb"])
@@ -615,7 +625,7 @@ def test_stopped_anywhere_it_goes_on(tmp_path, monkeypatch, stop, kind):
     def run(name, last):
         stop(last)
         if kind == "first file":
-            monkeypatch.setattr(shards, "ROOT", tmp_path / name)
+            monkeypatch.setattr("formats.dataset.ROOT", tmp_path / name)
         prepare.main(dataset="fineweb" if kind == "first file" else dataset.format(name),
                      input=str(source), shard_tokens=3000, workers=1,
                      **{"tokenizer": "bytes", **KINDS[kind]})
@@ -647,7 +657,7 @@ def test_stopped_anywhere_it_goes_on(tmp_path, monkeypatch, stop, kind):
 
 
 def test_stopped_it_does_not_go_on_with_other_settings(tmp_path, do, stop, monkeypatch, capsys):
-    monkeypatch.setattr(corpus, "PIECE", 500)
+    make_pieces_small(monkeypatch, 500)
     path = write_jsonl(tmp_path / "x.jsonl", prose(50))
     whole = files_of(do(path, "whole/data", shard_tokens=900))
     steps = stop.made
@@ -716,20 +726,20 @@ def test_killed_it_leaves_no_workers_and_goes_on(tmp_path, do):
 
 
 def test_a_worker_that_is_killed(tmp_path, do, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 1000)
-    monkeypatch.setattr(prepare, "NOTE", 0)
+    make_pieces_small(monkeypatch, 1000)
+    monkeypatch.setattr(prepare, "SAVE_INTERVAL", 0)
     path = write_jsonl(tmp_path / "x.jsonl", prose(150))
     whole = do(path, "whole/data", workers=1)
     with monkeypatch.context() as patch:
-        units = text_split.units
+        work_units = text_split.work_units
 
         def and_kill(*args):
-            for i, unit in enumerate(units(*args)):
+            for i, unit in enumerate(work_units(*args)):
                 if i == 20:
                     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
                 yield unit
 
-        patch.setattr(prepare, "units", and_kill)
+        patch.setattr(prepare, "work_units", and_kill)
         with pytest.raises(ValueError, match="one of the 2 worker processes was killed .* it goes"):
             do(path, workers=2)
     assert multiprocessing.active_children() == []
@@ -742,8 +752,8 @@ def test_a_worker_that_is_killed(tmp_path, do, monkeypatch):
 def test_a_full_disk(tmp_path, do, monkeypatch, kind):
     """A limit on files' sizes stands in: of the system's errors it is the like one."""
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(corpus, "PIECE", 3000)
-    monkeypatch.setattr(prepare, "NOTE", 0)
+    make_pieces_small(monkeypatch, 3000)
+    monkeypatch.setattr(prepare, "SAVE_INTERVAL", 0)
     path = write_jsonl(tmp_path / "x.jsonl", prose(90))
     settings = {"shard_tokens": 5000, "workers": 1, **(ALL if kind == "filtered" else {})}
     whole = files_of(do(path, "whole/data", **settings))
@@ -779,7 +789,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path):
 
 def test_two_preparations_of_one_dataset(tmp_path, do):
     path = write(tmp_path / "x.txt", "some text " * 99)
-    with prepare.lock(tmp_path / "data"):
+    with preparation.lock_dataset(tmp_path / "data"):
         done = subprocess.run(command(f"--dataset={tmp_path}/data", f"--input={path}"),
                               capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -854,7 +864,7 @@ def test_filters_use_the_columns(tmp_path, do, kind):
 
 
 def test_all_is_removed(tmp_path, do, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 100)
+    make_pieces_small(monkeypatch, 100)
     path = write_jsonl(tmp_path / "x.jsonl", some_texts(100))
     with pytest.raises(ValueError, match="no tokens are left for the train split .100 documents, "
                        "100 removed, most for .gopher: fewer than 50 words..; filter less"):
@@ -865,7 +875,7 @@ def test_all_is_removed(tmp_path, do, monkeypatch):
 
 
 def test_later_pieces_of_a_document_are_cleaned_too(tmp_path, do, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 700)
+    make_pieces_small(monkeypatch, 700)
     long = " ".join(prose(30)[0].split() * 9) + " to joe@some.org"
     texts = [f"{i} {long}" for i in range(60)]
     folder = do(write_jsonl(tmp_path / "x.jsonl", texts), filters="gopher pii",
@@ -890,7 +900,7 @@ def fineweb(tmp_path, monkeypatch):
     """Return the texts of a stand-in for FineWeb and the folder of its dataset."""
     texts = prose(100)
     on_hub(monkeypatch, tmp_path / "hub", texts)
-    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    monkeypatch.setattr("formats.dataset.ROOT", tmp_path)
     return texts, tmp_path / "data/fineweb"
 
 
@@ -959,7 +969,7 @@ def ready(tmp_path, monkeypatch):
     class HfApi:
         def dataset_info(self, name, revision):
             asked.append("list")
-            assert (name, revision) == corpus.READY_MADE["fineweb"]
+            assert (name, revision) == ready_made.READY_MADE["fineweb"]
             self.sha = "abc"
             return self
 
@@ -980,7 +990,7 @@ def ready(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "HfApi", HfApi)
     monkeypatch.setattr(hub, "hf_hub_download", fetch)
-    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    monkeypatch.setattr("formats.dataset.ROOT", tmp_path)
     return asked, tmp_path / "data/fineweb"
 
 
@@ -1011,15 +1021,15 @@ def test_ready_made_tokens_are_fetched_as_far_as_asked(ready, capsys):
 
 def test_ready_made_tokens_go_on(ready, monkeypatch):
     asked, folder = ready
-    fetch = corpus.fetch
+    download_file = ready_made.download_file
 
     def stops(*args):
         if len(asked) > 2:
             raise KeyboardInterrupt
-        fetch(*args)
+        download_file(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(corpus, "fetch", stops)
+        patch.setattr(ready_made, "download_file", stops)
         prepare.main(dataset="fineweb", ready_made=True)
     assert TokenReader(f"{folder}", "train").tokens == 250  # training can begin
     prepare.main(dataset="fineweb", ready_made=True)
@@ -1109,17 +1119,17 @@ def test_show_of_one_text_of_others_and_of_nothing(tmp_path, do, ready, capsys, 
 
 def test_boundaries_joined_give_the_text(gpt2):
     ids = gpt2.encode(TRICKY).tolist()
-    shown = prepare.boundaries(gpt2, ids, colour=False)
+    shown = show.mark_tokens(gpt2, ids, colour=False)
     assert "First|\r|\n|line" in shown and shown.replace("|", "") == TRICKY.replace("|", "")
-    coloured = prepare.boundaries(gpt2, ids, colour=True)
+    coloured = show.mark_tokens(gpt2, ids, colour=True)
     parts = re.findall("\033\\[4[0-9];97m(.*?)\033\\[0m", coloured, flags=re.DOTALL)
     assert "".join(parts) == TRICKY and "|".join(parts) == shown
     neighbours = re.findall("\033\\[(4.);97m", coloured)
     assert all(a != b for a, b in zip(neighbours, neighbours[1:], strict=False))
     half = gpt2.encode("漢字 and").tolist()  # from within a character, and to within one
     tokenizer = Tokenizer({"kind": "bytes"})
-    assert prepare.boundaries(tokenizer, "é漢a".encode()[1:-2] + b"b", False) == "\ufffd|\ufffdb"
-    assert prepare.boundaries(gpt2, half, False).endswith("| and")
+    assert show.mark_tokens(tokenizer, "é漢a".encode()[1:-2] + b"b", False) == "\ufffd|\ufffdb"
+    assert show.mark_tokens(gpt2, half, False).endswith("| and")
 
 
 # ---------------------------------------------------------------------- packed files, bad text

@@ -1,4 +1,5 @@
-"""README.md: each command it shows is accepted, and those that can run here run, shortened."""
+"""README.md and docs/: each command they show is accepted, and those that can run here do run,
+shortened; each link leads somewhere; each config is explained."""
 
 import importlib
 import io
@@ -19,6 +20,7 @@ import configurator
 import train
 
 ROOT = Path(train.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data/README.md"]
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
 SHORTER = {  # flags that make each script quick
     "prepare.py": [],
@@ -28,35 +30,67 @@ SHORTER = {  # flags that make each script quick
     "bench.py": ["--iterations=1", "--warmup=1", "--repeats=1", "--device=cpu"],
 }
 ELSEWHERE = {  # what cannot run here, and why: its settings alone are checked
-    "torchrun": "needs eight GPUs, and FineWeb",
+    "torchrun": "needs eight GPUs, and FineWeb", "train_gpt2.py": "needs FineWeb",
     "finetune_shakespeare.py": "needs OpenAI's weights",
     "--ready_made": "needs the hub", "fineweb": "needs the hub", "openwebtext": "needs the hub",
     "s3://": "needs a bucket",
 }
+OURS = r"\b(?:prepare|filter|train|sample|bench|convert)\.py"
 
 
 def commands():
-    """Return the (script, arguments, whole line) of README's commands that run our scripts."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.S)).splitlines()
+    """Return the (script, arguments, whole line) of each command in a block, in reading order."""
     found = []
-    for line in lines:
-        line = re.sub(r"\s+# .*", "", line)
-        match = re.search(r"(\w+\.py)( .*)?$", line)
-        if match:
-            script = re.search(r"\b(prepare|filter|train|sample|bench|convert)\.py", line)[0]
-            found.append((script, shlex.split(line.split(script, 1)[1]), line))
-        elif "pip install" in line or line.startswith("python"):
-            assert "requirements" in line, line
-    assert len(found) >= 12
+    for page in PAGES:
+        blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+        for line in "\n".join(blocks).splitlines():
+            line = re.sub(r"\s+# .*", "", line)
+            if re.search(r"(\w+\.py)( .*)?$", line):
+                found.append(parts_of(line))
+            elif "pip install" in line or line.startswith("python"):
+                assert "requirements" in line, line
+    assert len(found) >= 25
     return found
 
 
-@pytest.mark.parametrize("script, arguments, line", commands(), ids=lambda v: v if
-                         isinstance(v, str) and v.endswith(".py") else "")
+def commands_in_sentences():
+    """Return the same of each command that stands within a sentence or a table."""
+    texts = [re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+             for page in PAGES]
+    lines = re.findall(rf"`(python {OURS}[^`]*)`", "\n".join(texts))
+    assert len(lines) >= 8
+    return [parts_of(line) for line in lines if "NAME" not in line]
+
+
+def commands_in_configs():
+    """Return the same of each command in the comment at the head of a config file."""
+    found = []
+    for path in sorted((ROOT / "config").glob("*.py")):
+        head = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
+        head = re.sub(r" \\\n# +", " ", head)  # a line that goes on in the next one
+        lines = re.findall(rf"^#   (python {OURS}.*?|torchrun .*?)(?:   .*)?$", head, flags=re.M)
+        assert lines, path
+        found += [parts_of(line) for line in lines]
+    return found
+
+
+def parts_of(line):
+    script = re.search(OURS, line)[0]
+    return script, shlex.split(line.split(script, 1)[1]), line
+
+
+def is_script(value):
+    return value if isinstance(value, str) and value.endswith(".py") else ""
+
+
+@pytest.mark.parametrize(
+    "script, arguments, line", commands() + commands_in_sentences() + commands_in_configs(),
+    ids=is_script)
 def test_a_command_s_settings_are_known(script, arguments, line, monkeypatch):
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script.removesuffix(".py"))
+    if arguments == ["--help"]:
+        return
     configurator.configure(module.main, arguments, train.main if script == "bench.py" else None)
 
 
@@ -74,9 +108,9 @@ def test_the_commands_run_in_order(tmp_path):
     for number in range(40):  # prose enough for the filters
         text = "".join(" ".join(rng.choices(words, k=12)).capitalize() + ".\n" for _ in range(30))
         (tmp_path / "my_texts" / f"{number}.txt").write_text(text)
-    ran = 0
+    ran = set()
     for script, arguments, line in commands():
-        if any(name in line for name in ELSEWHERE):
+        if line in ran or any(name in line for name in ELSEWHERE):
             continue
         extra = list(SHORTER[script])
         if script == "train.py":
@@ -84,10 +118,10 @@ def test_the_commands_run_in_order(tmp_path):
             arguments = arguments or ["config/train_stdlib.py"]  # as the line without any means
         if "--dataset=shakespeare_char" in arguments:
             extra.append(f"--input={SHAKESPEARE}")
-        code, said = run_script(script, [*arguments, *extra], tmp_path)
-        assert code == 0, f"{line}\n{said[-2000:]}"
-        ran += 1
-    assert ran >= 9
+        code, printed = run_script(script, [*arguments, *extra], tmp_path)
+        assert code == 0, f"{line}\n{printed[-2000:]}"
+        ran.add(line)
+    assert len(ran) >= 18
     assert (tmp_path / "out/stdlib/loss.png").is_file()
     assert (tmp_path / "out/finetuned/latest").read_text() == "iter_000002\n"
 
@@ -110,17 +144,27 @@ def run_script(script, arguments, folder):
         sys.argv, sys.stdin = [script, *arguments], io.TextIOWrapper(io.BytesIO(b"ROMEO:"))
         runpy.run_path(script, run_name="__main__")
 
-    codes, said = in_processes(1, as_command)
-    return codes[0], said[0]
+    codes, printed = in_processes(1, as_command)
+    return codes[0], printed[0]
 
 
-def test_every_config_is_known_to_the_readme_and_to_train():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*/README.md"))],
+                         ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_every_config_is_explained_and_known_to_train():
+    runs = (ROOT / "docs/runs.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "config").glob("*.py")):
         settings = configurator.configure(train.main, [str(path)])
-        assert settings["dataset"] and path.read_text().startswith("# ")
-        family = re.sub(r"_(medium|large|xl)$", "", path.stem)
-        assert family in readme, path.name
+        assert settings["dataset"] and path.read_text(encoding="utf-8").startswith("# ")
+        assert f"`{path.name}`" in runs, path.name
         if not settings["decay_lr"] or settings["eval_only"]:
             continue
         assert settings["lr_decay_iters"] == settings["max_iters"], path.name

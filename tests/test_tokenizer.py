@@ -1,5 +1,5 @@
-"""tokenizer.py: text in, the same text out; training against its plain loop and against Hugging
-Face's encoding; Hugging Face's files give Hugging Face's ids, or are refused."""
+"""tokenizer.py, bpe.py and text/tokenizer_json.py: text in, the same text out; training against
+its plain loop and Hugging Face's encoding; files that give Hugging Face's ids, or are refused."""
 
 import base64
 import json
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import prepare
+from configurator import UserError
+from documents import corpus
 from formats.shards import TokenReader
-from text import corpus
 from text import split as text_split
-from text.bpe import BYTES, LETTERS, PATTERNS, bpe_merges, read_spec, train_bpe, train_by_library
-from text.tokenizer import EOT, Tokenizer, load_tokenizer
+from text.bpe import PATTERNS, bpe_merges, read_spec, train_bpe, train_by_library
+from text.tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer_json import BYTES, EOT, LETTERS
 
 SHAKESPEARE = Path(prepare.__file__).parent.parent / "shared/data/tinyshakespeare/input.txt"
 TRICKY = ("First\r\nline\r\n\r\n\r\nit's 3.14 -- don't!\n\n\n\n\n    indented = True  # 1,000\n\t"
@@ -192,8 +194,8 @@ def test_a_small_text_gives_a_smaller_vocabulary():
 
 
 @pytest.mark.parametrize("size, pattern, says", [
-    (256, "gpt2", "vocab_size=256: .* at least 257"), (-1, "gpt4", "vocab_size=-1: "),
-    (300, "gpt3", "split_pattern='gpt3': choose gpt2 or gpt4")])
+    (256, "gpt2", "vocab_size=256: must be at least 257"), (-1, "gpt4", "vocab_size=-1: "),
+    (300, "gpt3", "split_pattern='gpt3': choose 'gpt2', 'gpt4'")])
 def test_what_cannot_be_trained(size, pattern, says):
     with pytest.raises(ValueError, match=says):
         train_bpe(["text"], size, pattern)
@@ -362,7 +364,7 @@ REFUSED = {
     "not bytes": (changed("model.vocab.漢", 2000), "token '漢' is not written in"),
     "no such merge": (changed("model.merges.3", ["the", "qqqq"]), "not in its vocabulary"),
     "order": (swapped, "another order than its ids"),
-    "never made": (other_merge, "b'zqj' is not made by its merges alone"),
+    "never made": (other_merge, "'zqj' is not made by its merges alone"),
     "no vocab": (changed("model.vocab", None), "damaged, or no tokenizer.json of"),
     "no model": (changed("model", None), "damaged, or no tokenizer.json of"),
     "list": (changed("model.vocab", [["a", -1.5]]), "damaged, or no tokenizer.json of"),
@@ -437,23 +439,23 @@ def test_a_vocabulary_trained_on_the_training_split(do, corpus, gpt2, capsys, mo
     assert Tokenizer.load(folder).spec == train_bpe(train, 1000, "gpt4")
 
 
-def test_what_bpe_learns_from_is_limited_and_spread(do):
+def test_the_text_that_bpe_is_trained_on_is_limited_and_spread():
     text = "abc" * 999
-    assert "".join(text_split.training_text([("train", True, text)], 2997, 10**9)) == text
-    pieces = [("val" if i % 3 == 0 else "train", True, chr(97 + i) * 5000) for i in range(26)]
-    taken = "".join(text_split.training_text(pieces, 26 * 5000, 13000))
-    assert 7000 < len(taken) <= 13000
-    assert set(taken) == {text[0] for split, _, text in pieces if split == "train"}
-    taken = list(text_split.training_text([("train", True, "ab " * 10**5)], 300_000, 299_999))
-    assert max(map(len, taken)) <= 2**14 and sum(map(len, taken)) <= 299_999
+    assert "".join(text_split.spread_sample([text], 2997, 10**9)) == text
+    texts = [chr(97 + i) * 5000 for i in range(26) if i % 3]
+    sample = "".join(text_split.spread_sample(texts, 26 * 5000, 13000))
+    assert 7000 < len(sample) <= 13000 and set(sample) == {text[0] for text in texts}
+    sample = list(text_split.spread_sample(["ab " * 10**5], 300_000, 299_999))
+    assert max(map(len, sample)) <= 2**14 and sum(map(len, sample)) <= 299_999
 
 
 def test_a_small_text_is_said_to_be_small(do, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "gpt2_spec", lambda: (_ for _ in ()).throw(ValueError("offline")))
+    monkeypatch.setattr(prepare, "gpt2_spec", lambda: (_ for _ in ()).throw(UserError("offline")))
     _, meta = do(["ab ab ab", "ab ab ba", "ab abc ab xyz"], tokenizer="bpe")
     out = capsys.readouterr().out
     assert "so the vocabulary is 259 and not 4,096\n" in out and meta["vocab_size"] == 259
-    assert "gpt2's files are not to be had here\n" in out and "gpt2_tokens" not in meta["compared"]
+    assert "GPT-2's tokenizer is not available here\n" in out
+    assert "gpt2_tokens" not in meta["compared"]
 
 
 def test_a_dataset_with_a_tokenizer_from_a_file(tmp_path, do, trained, corpus, capsys):
@@ -497,9 +499,9 @@ def test_a_large_vocabulary_has_uint32_files(tmp_path, do):
 
 
 def test_bad_settings_are_found_before_reading(do, monkeypatch):
-    monkeypatch.setattr(prepare, "survey", lambda *args: 1 / 0)
-    for settings, says in (({"vocab_size": 256}, "vocab_size=256: .* at least 257"),
-                           ({"split_pattern": "gpt5"}, "split_pattern='gpt5': choose gpt2 or gpt4"),
+    monkeypatch.setattr(prepare, "survey_corpus", lambda *args: 1 / 0)
+    for settings, says in (({"vocab_size": 256}, "vocab_size=256: must be at least 257"),
+                           ({"split_pattern": "gpt5"}, "split_pattern='gpt5': choose 'gpt2'"),
                            ({"bpe_characters": 0}, "bpe_characters=0: must be at least 1")):
         with pytest.raises(ValueError, match=says):
             do(["text"], tokenizer="bpe", **settings)

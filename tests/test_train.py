@@ -15,21 +15,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import in_processes
+from conftest import in_float32, in_processes
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
 import prepare
 import train
-from formats import shards
 from formats.shards import TokenReader
 from model import GPT, IGNORE, GPTConfig
 from runtime.kernels import use_fp8
 from runtime.processes import Runtime, full_tensor, setup
 from training import log as run_log
-from training.optim import Optimizer, adamw, lr_at, set_rates
+from training import setup as training_setup
+from training.loss import chunk_losses
+from training.optim import adamw, lr_at, set_learning_rates
+from training.resume import checkpoint_settings
 from training.sequences import Mixture, evenly_spaced_starts, parse_mix, training_starts
+from training.setup import BatchSizes, Training, build_training, model_config
 
 ROOT = Path(train.__file__).parent
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -73,10 +76,12 @@ def made_of_words(folder, name, seed, sentences):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, request):
-    """Draw loss.png only where it is tested: it takes most of a tiny run's time."""
+def quick(monkeypatch, request, number_format):
+    """Train in float32, then in bfloat16. Draw loss.png only where it is tested: it takes most of a
+    tiny run's time."""
+    monkeypatch.setitem(TINY, "dtype", number_format)
     if "drawn" not in request.node.name:
-        monkeypatch.setattr(train, "draw_loss", lambda run_dir: None)
+        monkeypatch.setattr(run_log, "draw_loss", lambda run_dir: None)
 
 
 def do_run(out_dir, dataset, **settings):
@@ -98,10 +103,22 @@ def weights_of(out_dir, which="latest"):
     return load_file(folder / "model.safetensors")
 
 
+def plain_training(model, *optimizers):
+    """What train.py's step needs of a model that is neither wrapped nor compiled."""
+    peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Training(model, model, list(optimizers), peak_rates, scaler)
+
+
+def load_batches(data, iter_num, sizes, model, runtime=CPU, seed=5):
+    c = SimpleNamespace(block_size=13, seed=seed)
+    return train.load_batches(data, iter_num, sizes, c, model.config.vocab_size, runtime)
+
+
 def command_line(*argv):
     """Run train.py's main as its command line does; return the exit code."""
     with pytest.raises(SystemExit) as stopped:
-        configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=list(argv))
+        configurator.run(train.main, more_defaults=checkpoint_settings, argv=list(argv))
     return stopped.value.code
 
 
@@ -112,6 +129,7 @@ def as_flags(**settings):
 # ---------------------------------------------------------------------- one iteration
 
 
+@in_float32
 def test_golden_losses(tmp_path, dataset):
     """Ten losses of a seeded run. They change when the model, the data order, the first weights or
     the optimizer change: then update them, and say why in the commit."""
@@ -129,6 +147,7 @@ def test_first_loss_is_near_ln_v(tmp_path, dataset):
     assert rows[0]["val_loss"] == pytest.approx(math.log(vocab_size), abs=0.1)
 
 
+@in_float32
 def test_accumulated_is_the_big_batch(tmp_path, dataset):
     one = do_run(tmp_path / "one", dataset, batch_size=6, gradient_accumulation_steps=1,
                  eval_iters=1)
@@ -146,6 +165,7 @@ def test_measuring_does_not_change_the_run(tmp_path, dataset):
     assert losses_of(often) == losses_of(never)
 
 
+@in_float32
 def test_masked_targets_count_for_nothing():
     """Two micro-steps with unequal numbers of targets give the gradient of one batch of both."""
     torch.manual_seed(3)
@@ -156,10 +176,9 @@ def test_masked_targets_count_for_nothing():
     updated, losses = [], []
     for split in (4, 2, 1):
         model = GPT(config, torch.Generator().manual_seed(5))
-        optimizer = adamw(model, 1e-2, 0.1, (0.9, 0.95))
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        training = plain_training(model, adamw(model, 1e-2, 0.1, (0.9, 0.95)))
         batches = list(zip(tokens.split(split), targets.split(split), strict=True))
-        loss, _ = train.train_step(model, optimizer, scaler, batches, 1.0, CPU)
+        loss, _ = train.train_step(training, batches, 1.0, CPU)
         losses.append(loss.item())
         updated.append(torch.cat([p.flatten() for p in model.parameters()]))
     flat = GPT(config, torch.Generator().manual_seed(5)).logits(tokens).flatten(0, 1)
@@ -169,19 +188,21 @@ def test_masked_targets_count_for_nothing():
         torch.testing.assert_close(updated[0], other, atol=1e-5, rtol=0)
 
 
+@in_float32
 def test_gradient_is_clipped():
-    def descend(group, params, found_inf):
-        torch._foreach_sub_(params, [p.grad for p in params])
+    class Descend(torch.optim.Optimizer):
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                p.data -= p.grad
 
     config = GPTConfig(block_size=5, vocab_size=11, n_layer=1, n_head=1, n_embd=7)
     batch = [(torch.randint(11, (2, 5)), torch.randint(11, (2, 5)))]
     norms = []
     for clip in (0.0, 1e-3):
         model = GPT(config, torch.Generator().manual_seed(5))
-        optimizer = Optimizer([dict(params=list(model.parameters()), keeps=(), update=descend)])
+        training = plain_training(model, Descend(model.parameters(), {"lr": 1.0}))
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        _, norm = train.train_step(model, optimizer, scaler, batch, clip, CPU)
+        _, norm = train.train_step(training, batch, clip, CPU)
         moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()
         norms.append((norm.item(), moved.item()))
     assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-4)  # unclipped: moved by its norm
@@ -190,32 +211,33 @@ def test_gradient_is_clipped():
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("world_size, micro_steps, batch_size", [(1, 6, 2), (3, 2, 2), (2, 1, 6)])
+@in_float32
 def test_an_iteration_has_the_same_sequences_however_divided(
         dataset, mix, mixed, world_size, micro_steps, batch_size):
     data = Mixture(parse_mix(mix if mixed else "", dataset), "train", 13)
     model = GPT(GPTConfig(13, 64, 1, 1, 7))
-    config = {"batch_size": batch_size, "block_size": 13, "seed": 5}
-    rows = set()
+    sizes, rows = BatchSizes(batch_size, micro_steps), set()
     for rank in range(world_size):
         runtime = replace(CPU, rank=rank, world_size=world_size)
-        for tokens, targets in train.load_batches(data, 7, micro_steps, config, model, runtime):
+        for tokens, targets in load_batches(data, 7, sizes, model, runtime):
             assert tokens.shape == targets.shape == (batch_size, 13)
             assert torch.equal(tokens[:, 1:], targets[:, :-1])
             rows |= {tuple(row) for row in tokens.tolist()}
-    alone = train.load_batches(data, 7, 1, {**config, "batch_size": 12}, model, CPU)
+    alone = load_batches(data, 7, BatchSizes(12, 1), model)
     assert rows == {tuple(row) for row in alone[0][0].tolist()}
 
 
+@in_float32
 def test_evaluation_is_the_same_in_any_batches_and_shares(dataset):
     data = TokenReader(dataset, "val")
     model = GPT(GPTConfig(13, 64, 1, 1, 7), torch.Generator().manual_seed(1))
     model.transformer.wte.weight.data *= 20  # losses that differ from place to place
-    found = [train.evaluate(model, model.config, data, 11, size, CPU) for size in (1, 4, 11, 20)]
+    found = [train.evaluate(plain_training(model), data, 11, size, CPU) for size in (1, 4, 11, 20)]
     assert found == pytest.approx([found[0]] * 4, rel=1e-6)
     every = (data.tokens - 1) // 13
     rows = torch.from_numpy(data.rows(np.arange(every) * 13, 14))
     mean = model.eval()(rows[:, :-1], rows[:, 1:]).mean().item()
-    everything = train.evaluate(model, model.config, data, 10 * every, 3, CPU)
+    everything = train.evaluate(plain_training(model), data, 10 * every, 3, CPU)
     assert everything == pytest.approx(mean, rel=1e-6)
     assert abs(found[0] - mean) > 1e-4  # eleven sequences are not all of them
 
@@ -223,6 +245,7 @@ def test_evaluation_is_the_same_in_any_batches_and_shares(dataset):
 # ---------------------------------------------------------------------- mixtures
 
 
+@in_float32
 def test_a_mixture_s_losses_are_its_datasets_in_their_shares(tmp_path, dataset, mix):
     row = do_run(tmp_path / "run", "no such dataset", mix=mix, max_iters=1, eval_iters=15)[-1]
     mean = 0.7 * row["val_loss_words"] + 0.3 * row["val_loss_few"]
@@ -236,7 +259,7 @@ def test_a_mixture_s_losses_are_its_datasets_in_their_shares(tmp_path, dataset, 
     model.load_state_dict(weights, strict=False)
     for name, count in (("words", 21), ("few", 9)):  # of 30 sequences
         reader = TokenReader(f"{Path(dataset).parent}/{name}", "val")
-        found = train.evaluate(model, model.config, reader, count, 2, CPU)
+        found = train.evaluate(plain_training(model), reader, count, 2, CPU)
         assert found == pytest.approx(row[f"val_loss_{name}"], rel=1e-6)
 
 
@@ -247,12 +270,13 @@ def test_a_mixture_names_its_run_and_its_shards(tmp_path, dataset, mix, monkeypa
     meta = json.loads((tmp_path / "out/words+few/iter_000001/meta.json").read_text())
     assert [Path(shard["dataset"]).name for shard in meta["shards"]] == ["words", "few"]
     assert all(len(shard["sha256"]) == 64 for shard in meta["shards"])
-    configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=[
+    configurator.run(train.main, more_defaults=checkpoint_settings, argv=[
         "--init_from=resume", "--out_dir=out/words+few", "--max_iters=2"])  # the stored mix
     rows = rows_of(tmp_path / "out/words+few")
     assert rows == do_run(tmp_path / "whole", dataset, mix=mix, max_iters=2, eval_interval=1)
 
 
+@in_float32
 def test_a_mixture_of_two_tokenizers_is_refused(tmp_path, dataset):
     (tmp_path / "text.txt").write_text("another text " * 100)
     prepare.main(dataset=f"{tmp_path}/bytes", input=f"{tmp_path}/text.txt")
@@ -278,12 +302,12 @@ def every_third(count):
     return np.arange(count) % 3 == 0
 
 
+@in_float32
 def test_the_loss_is_the_mean_over_the_targets_that_count(tmp_path, dataset):
     masked = masked_copy(dataset, tmp_path / "masked", every_third)
     data = Mixture({masked: 1}, "train", 13)
-    config = {"batch_size": 2, "block_size": 13, "seed": 1337}
     model = GPT(GPTConfig(13, 64, 2, 3, 21), torch.Generator().manual_seed(5))
-    batches = train.load_batches(data, 0, 3, config, model, CPU)
+    batches = load_batches(data, 0, BatchSizes(2, 3), model, seed=1337)
     starts = training_starts(data.readers[masked], np.arange(6), 13, 1337)
     total = count = 0
     for start, row in zip(starts, data.readers[masked].rows(starts, 14), strict=True):
@@ -291,17 +315,17 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(tmp_path, dataset):
         for t in range(13):
             if (start + t + 1) % 3 == 0:
                 total, count = total - logits[t, row[t + 1]].item(), count + 1
-    optimizer = adamw(model, 1e-2, 0.1, (0.9, 0.95))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss, _ = train.train_step(model, optimizer, scaler, batches, 1.0, CPU)
+    training = plain_training(model, adamw(model, 1e-2, 0.1, (0.9, 0.95)))
+    loss, _ = train.train_step(training, batches, 1.0, CPU)
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
+@in_float32
 def test_a_masked_evaluation_counts_only_what_counts(tmp_path, dataset):
     model = GPT(GPTConfig(13, 64, 1, 1, 7), torch.Generator().manual_seed(1))
     model.transformer.wte.weight.data *= 20
     data = TokenReader(masked_copy(dataset, tmp_path / "masked", every_third), "val")
-    found = [train.evaluate(model, model.config, data, 11, size, CPU) for size in (1, 4, 20)]
+    found = [train.evaluate(plain_training(model), data, 11, size, CPU) for size in (1, 4, 20)]
     starts = evenly_spaced_starts(data, 11, 13)
     rows = torch.from_numpy(data.rows(starts, 14))
     counts = torch.from_numpy(starts)[:, None] + torch.arange(1, 14)
@@ -347,8 +371,8 @@ def test_a_run_on_files_that_land_is_the_run_on_all_of_them(tmp_path, dataset, m
 
     land("part_0.bin")  # 29 sequences, and an iteration takes 6
     with monkeypatch.context() as patch:  # the other 31; the third is not needed
-        patch.setattr(shards, "PATIENCE", 5)
-        patch.setattr(shards, "time", SimpleNamespace(
+        patch.setattr("formats.dataset.PATIENCE", 5)
+        patch.setattr("formats.dataset.time", SimpleNamespace(
             monotonic=time.monotonic, sleep=lambda seconds: land("part_1.bin")))
         landed = do_run(tmp_path / "first", f"{folder}")
     assert capsys.readouterr().err.count("waiting for ") == 1
@@ -448,7 +472,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, dataset, documents, mix,
 def test_resume_takes_the_run_s_own_settings(tmp_path, dataset, capsys):
     out = tmp_path / "run"
     do_run(out, dataset, max_iters=4)
-    configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=[
+    configurator.run(train.main, more_defaults=checkpoint_settings, argv=[
         "--init_from=resume", f"--out_dir={out}", f"--dataset={dataset}", "--max_iters=6"])
     rows = rows_of(out)
     assert [row["iter"] for row in rows if "loss" in row] == [0, 1, 2, 3, 4, 5]
@@ -533,16 +557,17 @@ def test_finetuning_takes_a_checkpoint_s_sizes(tmp_path, dataset, capsys):
     flags = [f"--init_from={tmp_path / 'first'}", f"--out_dir={tmp_path / 'second'}",
              f"--dataset={dataset}", "--max_iters=1", "--batch_size=2", "--eval_iters=3",
              "--gradient_accumulation_steps=1", "--device=cpu"]
-    configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=flags)
+    configurator.run(train.main, more_defaults=checkpoint_settings, argv=flags)
     rows = rows_of(tmp_path / "second")
     assert rows[0]["val_loss"] == first[-1]["val_loss"]  # from its best checkpoint
     assert command_line(*flags, "--n_embd=42") == 2
     assert "n_embd=42, but" in capsys.readouterr().err
-    configurator.run(train.main, more_defaults=train.checkpoint_defaults,
+    configurator.run(train.main, more_defaults=checkpoint_settings,
                      argv=[*flags, "--block_size=7", f"--out_dir={tmp_path / 'short'}"])
     assert weights_of(tmp_path / "short")["transformer.wpe.weight"].shape == (7, 21)
 
 
+@in_float32
 def test_loss_curve_is_drawn(tmp_path, dataset):
     do_run(tmp_path / "run", dataset, max_iters=2)
     assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -553,8 +578,9 @@ def test_loss_curve_is_drawn(tmp_path, dataset):
 
 def test_activation_checkpointing_changes_no_number(tmp_path, dataset, monkeypatch):
     expected = do_run(tmp_path / "a", dataset, dropout=0.2, max_iters=4)
-    called, own = [], train.checkpoint_activations
-    monkeypatch.setattr(train, "checkpoint_activations", lambda model: called.append(1) or own(model))
+    called, own = [], training_setup.checkpoint_activations
+    monkeypatch.setattr(training_setup, "checkpoint_activations",
+                        lambda model: called.append(1) or own(model))
     assert do_run(tmp_path / "b", dataset, dropout=0.2, max_iters=4,
                   activation_checkpointing=True) == expected
     assert called
@@ -563,6 +589,7 @@ def test_activation_checkpointing_changes_no_number(tmp_path, dataset, monkeypat
 # ---------------------------------------------------------------------- number formats, compile
 
 
+@in_float32
 def test_bfloat16_is_close_to_float32(tmp_path, dataset):
     low = do_run(tmp_path / "low", dataset, dtype="bfloat16")
     full = do_run(tmp_path / "full", dataset)
@@ -571,9 +598,10 @@ def test_bfloat16_is_close_to_float32(tmp_path, dataset):
     assert all(w.dtype == torch.float32 for w in weights_of(tmp_path / "low").values())
 
 
+@in_float32
 def test_a_run_in_fp8_goes_on_without_it_and_the_other_way_round(tmp_path, dataset, monkeypatch):
     pytest.importorskip("torchao.float8")
-    monkeypatch.setattr(train, "use_fp8", partial(use_fp8, emulate=True))
+    monkeypatch.setattr(training_setup, "use_fp8", partial(use_fp8, emulate=True))
     sizes = dict(n_head=2, n_embd=32, block_size=16, eval_interval=5)
     plain, low = (do_run(tmp_path / name, dataset, fp8=fp8, **sizes)
                   for name, fp8 in (("plain", False), ("fp8", True)))
@@ -607,27 +635,26 @@ class Reads(TorchDispatchMode):
 
 def quiet_iteration(dataset, optimizer, runtime, watch):
     """Do the loop's iteration 0, which is logged, and, while `watch` is entered, iteration 1."""
-    config = dict(TINY, optimizer=optimizer, weight_decay=0.1, beta1=0.9, beta2=0.95, seed=1,
-                  muon_lr=0.02, embed_lr=0.3, log_interval=5, max_minutes=0, max_bad_steps=3)
+    settings = {**configurator.keyword_defaults(train.main), **TINY, "optimizer": optimizer,
+                "dropout": 0.1, "log_interval": 5, "max_bad_steps": 3}
+    c = SimpleNamespace(**settings)
     data = Mixture(parse_mix("", dataset), "train", 13)
-    model = GPT(GPTConfig(block_size=13, vocab_size=29, n_layer=2, n_head=3, n_embd=21,
-                          dropout=0.1)).to(runtime.device)
-    optimizer = train.make_optimizer(model, config, runtime)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
+    training = build_training(c, GPT(model_config(c, 29)), runtime)
     rows = []
-    log = run_log.Log(rows.append, model, config, 78, {}, Path(), runtime)
+    folder = SimpleNamespace(record=rows.append, run_dir=Path())
+    log = run_log.Log(folder, training.model, c, 78, None, runtime)
     for iter_num in range(2):
         with watch if iter_num else nullcontext():
-            batches = train.load_batches(data, iter_num, 3, config, model, runtime)
-            set_rates(optimizer, [1e-3] * len(optimizer.param_groups), 1.0, iter_num)
+            batches = load_batches(data, iter_num, BatchSizes(2, 3), training.model, runtime)
+            set_learning_rates(training.optimizers, training.peak_rates, 1.0, iter_num)
             torch.manual_seed(iter_num)
-            loss, norm = train.train_step(model, optimizer, scaler, batches, 1.0, runtime)
-            log.iteration(iter_num, 1e-3, loss, norm, scaler)
+            loss, norm = train.train_step(training, batches, 1.0, runtime)
+            log.iteration(iter_num, 1e-3, loss, norm)
     assert len(rows) == 1
-    return optimizer
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@in_float32
 def test_an_iteration_that_is_not_logged_reads_nothing_from_the_device(dataset, optimizer,
                                                                        monkeypatch):
     with Reads() as reads:
@@ -641,6 +668,7 @@ def test_an_iteration_that_is_not_logged_reads_nothing_from_the_device(dataset, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@in_float32
 def test_an_iteration_that_is_not_logged_does_not_wait_for_the_gpu(dataset, optimizer):
     @contextmanager
     def no_waiting():
@@ -657,6 +685,7 @@ def test_an_iteration_that_is_not_logged_does_not_wait_for_the_gpu(dataset, opti
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("settings", [dict(dtype="float16"), dict(dtype="bfloat16",
                                                                   async_checkpoint=True)], ids=str)
+@in_float32
 def test_on_a_gpu_resumed_is_uninterrupted(tmp_path, dataset, settings):
     """But for the order in which a GPU sums."""
     settings = dict(settings, device="cuda", dropout=0.2, eval_interval=5)
@@ -673,6 +702,7 @@ def test_on_a_gpu_resumed_is_uninterrupted(tmp_path, dataset, settings):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("settings", [dict(), dict(dtype="bfloat16"), dict(dtype="float16"),
                                       dict(dtype="bfloat16", compile="True")], ids=str)
+@in_float32
 def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
     gpu = do_run(tmp_path / "gpu", dataset, **{**settings, "device": "cuda"})
     cpu = do_run(tmp_path / "cpu", dataset)
@@ -686,11 +716,13 @@ def test_a_gpu_reaches_the_cpu_s_losses(tmp_path, dataset, settings):
     {}, dict(fsdp=True, activation_checkpointing=True), dict(optimizer="muon"),
     dict(optimizer="muon", fsdp=True), dict(align_documents=True, mask_documents=True),
     dict(mask_documents=True, fsdp=True, activation_checkpointing=True)], ids=str)
+@in_float32
 def test_two_processes_are_one(tmp_path, dataset, documents, monkeypatch, settings):
     """One process, the same accumulated, two in DDP or FSDP: the same iterations. Where blocks are
     computed again, the loss is in chunks too."""
     if "activation_checkpointing" in settings:
-        monkeypatch.setattr(GPT, "chunk", 64)
+        monkeypatch.setattr(training_setup, "chunk_losses",
+                            partial(chunk_losses, logits_at_once=64))
     dataset = documents if "mask_documents" in settings else dataset
     one = do_run(tmp_path / "one", dataset, gradient_accumulation_steps=1, batch_size=8,
                  eval_iters=1, **{**settings, "fsdp": False})
@@ -712,10 +744,10 @@ def test_two_processes_are_one(tmp_path, dataset, documents, monkeypatch, settin
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
+@in_float32
 def test_two_processes_have_the_gradients_of_one(dataset, fsdp):
     """Accumulated over two micro-steps on each of two processes."""
     data, gradients = Mixture({dataset: 1}, "train", 13), {}
-    config = {"batch_size": 2, "block_size": 13, "seed": 5}
 
     class Gradients:  # in the optimizer's place
         param_groups = [{"fused": True}]
@@ -732,10 +764,10 @@ def test_two_processes_have_the_gradients_of_one(dataset, fsdp):
 
     def gradients_of(runtime, micro_steps):
         model = GPT(GPTConfig(13, 64, 2, 3, 21), torch.Generator().manual_seed(5))
-        wrapped = runtime.wrap(model, fsdp)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        batches = train.load_batches(data, 0, micro_steps, config, model, runtime)
-        train.train_step(wrapped, Gradients(model), scaler, batches, 0.0, runtime)
+        training = plain_training(model)._replace(wrapped=runtime.wrap(model, fsdp),
+                                                  optimizers=[Gradients(model)])
+        batches = load_batches(data, 0, BatchSizes(2, micro_steps), model, runtime)
+        train.train_step(training, batches, 0.0, runtime)
         return gradients
 
     one = dict(gradients_of(CPU, 4))
@@ -751,6 +783,7 @@ def test_two_processes_have_the_gradients_of_one(dataset, fsdp):
     assert codes == [0, 0], said
 
 
+@in_float32
 def test_two_processes_refuse_what_does_not_divide(tmp_path, dataset):
     flags = as_flags(**{**TINY, "out_dir": tmp_path / "run", "dataset": dataset})
     codes, said = in_processes(2, lambda rank: configurator.run(train.main, argv=flags))
@@ -773,7 +806,7 @@ def test_documents_are_followed_as_the_settings_say(tmp_path, documents, capsys)
     capsys.readouterr()
     last = runs["mask"][-1]["val_loss"]
     for flags, same in (([], True), (["--mask_documents=False"], False)):
-        configurator.run(train.main, more_defaults=train.checkpoint_defaults, argv=[
+        configurator.run(train.main, more_defaults=checkpoint_settings, argv=[
             f"--out_dir={tmp_path / 'mask'}", "--init_from=resume", "--eval_only=True", *flags])
         assert (f"val_loss {last:.4f}" in capsys.readouterr().out) == same
     train.main(**{**TINY, "max_iters": 11}, dataset=documents, out_dir=str(tmp_path / "mask"),
@@ -789,12 +822,12 @@ def test_documents_are_followed_as_the_settings_say(tmp_path, documents, capsys)
     (["--bacth_size=3"], "command line: unknown key 'bacth_size'; did you mean 'batch_size'?"),
     (["--batch_size=big"], "batch_size=big: not a whole number"),
     (["--n_head=4"], "n_embd=21 is not divisible by n_head=4; the nearest n_head that divides"),
-    (["--n_layer=0"], "n_layer=0: must be 1 or more"),
+    (["--n_layer=0"], "n_layer=0: must be a whole number and at least 1"),
     (["--dropout=1"], "dropout=1.0: must be at least 0 and below 1"),
     (["--block_size=5000"], "block_size=5000 needs 5,001 tokens"),
     (["--total_batch_size=80"], "the nearest is 78"),
-    (["--batch_size=0"], "batch_size=0: must be 1 or more"),
-    (["--learning_rate=-1"], "learning_rate=-1.0: must be 0 or more"),
+    (["--batch_size=0"], "batch_size=0: must be at least 1"),
+    (["--learning_rate=-1"], "learning_rate=-1.0: must be at least 0"),
     (["--beta2=1.5"], "beta2=1.5: must be at least 0 and below 1"),
     (["--mix=a:0.7,b"], "mix='a:0.7,b': 'b' is not a dataset and its share above 0; write"),
     (["--mix=nowhere:1"], "python prepare.py --dataset=nowhere"),
@@ -814,6 +847,7 @@ def test_documents_are_followed_as_the_settings_say(tmp_path, documents, capsys)
     (["config/nothing.py"], "config/nothing.py: no such config file"),
     (["--compile"], "--compile: flags are --key=value"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@in_float32
 def test_a_user_s_mistake_is_one_line(tmp_path, dataset, capsys, flags, says):
     settings = {**TINY, "out_dir": tmp_path / "run", "dataset": dataset}
     assert command_line(*as_flags(**settings), *flags) == 2
@@ -822,6 +856,7 @@ def test_a_user_s_mistake_is_one_line(tmp_path, dataset, capsys, flags, says):
     assert not (tmp_path / "run").exists()
 
 
+@in_float32
 def test_a_folder_that_cannot_be_written(tmp_path, dataset, capsys):
     (tmp_path / "file").write_text("")
     settings = {**TINY, "out_dir": tmp_path / "file" / "run", "dataset": dataset}
@@ -829,6 +864,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, dataset, capsys):
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
+@in_float32
 def test_another_tokenizer_is_refused(tmp_path, dataset):
     do_run(tmp_path / "run", dataset, max_iters=1)
     (tmp_path / "text.txt").write_text("another text " * 100)
@@ -837,13 +873,15 @@ def test_another_tokenizer_is_refused(tmp_path, dataset):
         do_run(tmp_path / "next", f"{tmp_path}/bytes", init_from=str(tmp_path / "run"))
 
 
+@in_float32
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path, dataset):
     data, model = Mixture({dataset: 1}, "train", 13), GPT(GPTConfig(13, 5, 1, 1, 7))
     with pytest.raises(ValueError, match="has token .* the model's vocabulary has 5"):
-        train.load_batches(data, 0, 1, {"batch_size": 9, "block_size": 13, "seed": 1}, model, CPU)
+        load_batches(data, 0, BatchSizes(9, 1), model)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "meta.json", "tokenizer.json"])
+@in_float32
 def test_a_damaged_checkpoint_is_refused(tmp_path, dataset, name):
     do_run(tmp_path / "run", dataset, max_iters=1)
     path = tmp_path / "run" / "iter_000001" / name
@@ -852,6 +890,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, dataset, name):
         do_run(tmp_path / "run", dataset, init_from="resume", max_iters=2)
 
 
+@in_float32
 def test_wandb_that_does_not_work_is_one_line(tmp_path, dataset, capsys, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
@@ -866,6 +905,7 @@ def test_wandb_that_does_not_work_is_one_line(tmp_path, dataset, capsys, monkeyp
     assert error.count("\n") == 1
 
 
+@in_float32
 def test_wandb_offline(tmp_path, dataset):
     wandb = pytest.importorskip("wandb")
 

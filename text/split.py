@@ -1,123 +1,193 @@
-"""Which text is for training and which for validation."""
+"""Which text is for training and which for validation; a tokenizer trained on the training text.
+
+A corpus is split in one of three ways:
+
+    "document"    each document by a hash of its first piece: the usual way
+    "position"    the last part of the text is for validation: a single text, or a few documents
+    "first file"  the first token file is for validation: a dataset on the hub, read only once
+"""
 
 import hashlib
+from typing import NamedTuple
 
-from text import corpus
+from documents.corpus import cut
 from text.bpe import train_bpe
-from text.corpus import cut
-from text.encode import encoded
-from text.progress import progress
+from text.encode import Piece, WorkUnit, encode_units
 from text.tokenizer import Tokenizer
 
-ENOUGH = 1 << 28  # characters after which the survey may know enough
+# Characters of text in a work unit, at least.
+UNIT_CHARACTERS = 1 << 20
+# A survey may end early after so many characters and documents.
+ENOUGH_CHARACTERS, ENOUGH_DOCUMENTS = 1 << 28, 1000
+# Characters in each of the texts on which a tokenizer is trained, at most.
+SAMPLE_CHARACTERS = 1 << 14
 
 
-# ---------------------------------------------------------------------- which text goes where
+class Survey(NamedTuple):
+    """What must be known of a corpus before it is split."""
+
+    # 0: there is no text. A dataset on the hub is not counted; for it they are 2 and 0.
+    documents: int
+    characters: int
+    # "document", "position" or "first file".
+    split_by: str
+    # All characters in order, where the tokenizer is chars.
+    alphabet: str = ""
 
 
-def survey(text, val_fraction, kind):
-    """Read the corpus: {documents, characters, by, alphabet (for chars)}.
+def survey_corpus(corpus, val_fraction, tokenizer_name, show_progress):
+    """Read a corpus and return its Survey.
 
-    by: how the validation split is made: "document" where `held_out` puts between half and twice
-    val_fraction of the text aside; else, as for a single text or a handful of documents,
-    "position". It ends early where enough text says "document" and no more is asked.
+    The split is by document if that holds out between half and twice val_fraction of the text. The
+    survey ends early once enough text says so, unless the tokenizer needs to know all of it.
     """
-    facts, alphabet, held, in_val = {"documents": 0, "characters": 0}, set(), 0, False
-    start, show = text.place, progress(text, "reading")
-    for starts, piece, _ in text:
-        facts["documents"] += starts
-        facts["characters"] += len(piece)
-        if kind == "chars":
-            alphabet.update(piece)
-        in_val = held_out(piece, val_fraction) if starts else in_val
-        held += in_val * len(piece)
-        fits = 0.5 * val_fraction < held / facts["characters"] < min(1, 2 * val_fraction)
-        if facts["characters"] > ENOUGH and fits and facts["documents"] > 1000 and kind not in (
-                "chars", "bpe"):
+    needs_all = tokenizer_name in ("chars", "bpe")
+    start = corpus.position
+    documents = characters = val_characters = 0
+    is_val = splits_well = False
+    alphabet = set()
+    for starts_document, text, _ in corpus:
+        # Count the piece.
+        documents += starts_document
+        characters += len(text)
+        if tokenizer_name == "chars":
+            alphabet.update(text)
+
+        # How much would be for validation if the split were by document?
+        if starts_document:
+            is_val = is_held_out(text, val_fraction)
+        if is_val:
+            val_characters += len(text)
+        share = val_characters / characters
+        splits_well = 0.5 * val_fraction < share < min(1, 2 * val_fraction)
+
+        # Is that enough to know?
+        if (splits_well and not needs_all and characters > ENOUGH_CHARACTERS
+                and documents > ENOUGH_DOCUMENTS):
             break
-        show()
-    text.place = start
-    if facts["characters"] < 2:
-        facts["documents"] = 0
-    return {**facts, "by": "document" if facts["documents"] and fits else "position",
-            "alphabet": "".join(sorted(alphabet))}
+        show_progress()
+    corpus.position = start
+
+    # Each split needs a character at least.
+    if characters < 2:
+        return Survey(0, characters, "position")
+    split_by = "document" if splits_well else "position"
+    return Survey(documents, characters, split_by, "".join(sorted(alphabet)))
 
 
-def held_out(text, val_fraction):
-    """Is the document that begins with `text` for validation? A pure function of its words, so
-    that exact copies stay on one side and new documents move none of the old."""
+def is_held_out(text, val_fraction):
+    """Return whether the document that begins with `text` is for validation.
+
+    It depends on nothing but the text, so exact copies are in the same split, and documents that
+    are added to a corpus move none of the others.
+    """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
-def units(text, facts, val_fraction, place=None):
-    """Yield ([(split, starts_document, text, row)], place): work for a process, and from where
-    another run could go on after it.
+def work_units(corpus, survey, val_fraction, position=None):
+    """Yield the corpus as WorkUnits, from a WorkUnit's `position` on (None: from the start).
 
-    By document, or all before a position for training; split is "" where the first token file is
-    for validation. A single text is no document among others: nothing in it starts one.
+    A single text is no document among others: none of its pieces starts a document.
     """
-    unit, size = [], 0
-    if place:
-        text.place = place["text"]
-    place = dict(place or {"characters": 0, "split": "train"})
-    characters = facts.get("characters", 0)
-    end_of_train = min(max(1, int(characters * (1 - val_fraction))), characters - 1)
-    for starts, piece, row in text:
-        starts = starts and facts["documents"] > 1
-        if facts["by"] == "first file":
-            unit.append(("", starts, piece, row))
-        elif facts["by"] == "document":
-            if starts:
-                place["split"] = "val" if held_out(piece, val_fraction) else "train"
-            unit.append((place["split"], starts, piece, row))
+    # Go to the position, and find where a split by position is.
+    if position is None:
+        position = {"characters": 0, "split": "train"}
+    else:
+        corpus.position = position["text"]
+    characters, split = position["characters"], position["split"]
+    train_characters = max(1, int(survey.characters * (1 - val_fraction)))
+    train_characters = min(train_characters, survey.characters - 1)
+
+    pieces, size = [], 0
+    for starts_document, text, columns in corpus:
+        starts_document = starts_document and survey.documents > 1
+        if survey.split_by == "position":
+            # The piece at the boundary is cut in two.
+            train_size = max(0, train_characters - characters)
+            train_text, val_text = text[:train_size], text[train_size:]
+            if train_text:
+                pieces.append(Piece("train", starts_document, train_text, columns))
+            if val_text:
+                starts_val = starts_document and not train_text
+                pieces.append(Piece("val", starts_val, val_text, columns))
+        elif survey.split_by == "document":
+            if starts_document:
+                split = "val" if is_held_out(text, val_fraction) else "train"
+            pieces.append(Piece(split, starts_document, text, columns))
         else:
-            before = max(0, end_of_train - place["characters"])
-            if piece[:before]:
-                unit.append(("train", starts, piece[:before], row))
-            if piece[before:]:
-                unit.append(("val", starts and not before, piece[before:], row))
-        place["characters"] += len(piece)
-        size += len(piece)
-        if size >= corpus.PIECE and text.between:
-            yield unit, {**place, "text": text.place}
-            unit, size = [], 0
-    yield unit, {**place, "text": text.place}
+            pieces.append(Piece("", starts_document, text, columns))
+        characters += len(text)
+        size += len(text)
+
+        # A unit ends where another process could go on.
+        if size >= UNIT_CHARACTERS and corpus.at_boundary:
+            position = {"characters": characters, "split": split, "text": corpus.position}
+            yield WorkUnit(pieces, position)
+            pieces, size = [], 0
+    position = {"characters": characters, "split": split, "text": corpus.position}
+    yield WorkUnit(pieces, position)
 
 
-def learn(text, facts, source, filter_settings, workers):
-    """Return the spec of a byte-pair encoding learned from the training text that is kept."""
-    limit, skip = source["bpe_characters"], 0
-    start = text.place
-    if facts["by"] == "first file":  # the validation text is not known yet, but it is before this
-        skip, facts = 6 * source["shard_tokens"], facts | {"characters": 0}
+# ---------------------------------------------------------------------- a tokenizer of its own
 
-    def kept():
-        dropped = False
-        for unit, _, results in encoded(units(text, facts, source["val_fraction"]), None, filter_settings,
-                                        workers if filter_settings["filters"] else 1):
-            for (split, starts, *_), (reason, piece, *_) in zip(unit, results, strict=True):
-                dropped = bool(reason) if starts else dropped
-                yield "" if dropped else split or "train", starts, piece
 
-    spec = train_bpe(training_text(kept(), facts["characters"], limit, skip),
-                     source["vocab_size"], source["split_pattern"])
-    text.place = start
-    if (found := Tokenizer(spec).vocab_size) < source["vocab_size"]:
-        print(f"bpe: no more pairs come twice in that text, so the vocabulary is {found:,} and not "
-              f"{source['vocab_size']:,}")
+def train_tokenizer(corpus, survey, recipe, filter_settings, workers):
+    """Train a byte-pair encoding on the training text that the filters keep; return its spec.
+
+    recipe: has vocab_size, split_pattern, bpe_characters, val_fraction and shard_tokens.
+    """
+    start = corpus.position
+    skip = 0
+    if survey.split_by == "first file":
+        # How much text fills the validation file is known only after training. Skip more than
+        # that: on average a token has fewer than 6 characters.
+        skip = 6 * recipe["shard_tokens"]
+    # Without filters, reading is most of the work, and one process does it.
+    if not filter_settings["filters"]:
+        workers = 1
+
+    # Filter the text as it will be filtered, and train on a sample of the part for training.
+    units = work_units(corpus, survey, recipe["val_fraction"])
+    texts = kept_training_texts(encode_units(units, None, filter_settings, workers))
+    texts = spread_sample(texts, survey.characters, recipe["bpe_characters"], skip)
+    spec = train_bpe(texts, recipe["vocab_size"], recipe["split_pattern"])
+    corpus.position = start
+
+    # A small text may not have enough pairs of tokens that occur twice.
+    vocab_size = Tokenizer(spec).vocab_size
+    if vocab_size < recipe["vocab_size"]:
+        print(f"bpe: no more pairs occur twice in the text, so the vocabulary is {vocab_size:,} "
+              f"and not {recipe['vocab_size']:,}")
     return spec
 
 
-def training_text(pieces, characters, limit, skip=0):
-    """Yield at most `limit` of the corpus's characters, of its training pieces only, in short
-    texts: evenly spread over them, or where their number is not known the first after `skip`."""
-    share, seen, taken = min(1, limit / characters) if characters else 1, 0, 0
-    for split, _, text in pieces:
-        for part in cut(text, max(64, min(2**14, limit // 64))) if split == "train" else []:
-            seen += len(part)
-            if seen > skip and taken + len(part) <= min(limit, share * seen):
-                taken += len(part)
-                yield part
-        if not characters and taken + 2**14 > limit:
+def kept_training_texts(encoded_units):
+    """Yield the texts for training of what `encode_units` yields, without removed documents."""
+    document_removed = False
+    for unit, encoded_pieces in encoded_units:
+        for piece, encoded in zip(unit.pieces, encoded_pieces, strict=True):
+            if piece.starts_document:
+                document_removed = encoded.removed_because != ""
+            if not document_removed and piece.split != "val":
+                yield encoded.ids
+
+
+def spread_sample(texts, characters, limit, skip=0):
+    """Yield at most `limit` characters of some texts, in short pieces spread evenly over them.
+
+    characters: about how many there are; 0: unknown, and the first ones after `skip` are taken.
+    """
+    size = max(64, min(SAMPLE_CHARACTERS, limit // 64))
+    share = 1
+    if characters:
+        share = min(1, limit / characters)
+    seen = taken = 0
+    for text in texts:
+        for piece in cut(text, size):
+            seen += len(piece)
+            if seen > skip and taken + len(piece) <= min(limit, share * seen):
+                taken += len(piece)
+                yield piece
+        if not characters and taken + SAMPLE_CHARACTERS > limit:
             return

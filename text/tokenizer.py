@@ -1,10 +1,6 @@
-"""Text to ids and back: bytes, characters, GPT-2's byte-pair encoding, one trained here, or that of
-a Hugging Face tokenizer.json.
+"""Text to ids and back: bytes, characters, GPT-2's byte-pair encoding, or another one (bpe.py).
 
-Byte-pair encoding (Sennrich and others 2016, arxiv.org/abs/1508.07909; on bytes: GPT-2) cuts text
-into pieces with a pattern, then joins the bytes of each piece, most frequent pair first. bpe_merges
-below is the whole idea; train_bpe is the same thing fast, by the library `tokenizers`; `tiktoken`
-encodes.
+`Tokenizer` is for everybody; below it is a class for each kind.
 """
 
 import base64
@@ -16,21 +12,16 @@ import numpy as np
 from configurator import UserError
 from formats.files import read_json, write_atomically
 from formats.shards import dataset_folder, read_dataset_meta
-
-EOT = "<|endoftext|>"
+from text.tokenizer_json import EOT
 
 
 def load_tokenizer(dataset, *others):
-    """Return a dataset's Tokenizer; GPT-2's for ready-made token files, as in nanoGPT.
-
-    Raises UserError where one of the others has another.
-    """
-    meta, folder = read_dataset_meta(dataset), dataset_folder(dataset)
-    downloaded = meta and meta.get("tokenizer") == "gpt2" and not (
-        folder / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.load(folder) if meta and not downloaded else Tokenizer(gpt2_spec())
+    """Return the Tokenizer of a dataset. Raises UserError where one of the others differs."""
+    # Compare all of the spec: two vocabularies of the same size may differ.
+    tokenizer = load_dataset_tokenizer(dataset)
     for name in others:
-        if (other := load_tokenizer(name)).spec != tokenizer.spec:
+        other = load_dataset_tokenizer(name)
+        if other.spec != tokenizer.spec:
             raise UserError(
                 f"{dataset} has the tokenizer {tokenizer.kind} ({tokenizer.vocab_size:,} tokens), "
                 f"{name} another, {other.kind} ({other.vocab_size:,}); a mix needs one: prepare "
@@ -38,83 +29,87 @@ def load_tokenizer(dataset, *others):
     return tokenizer
 
 
+def check_same_tokenizer(tokenizer, source, dataset):
+    """Raise UserError where weights were trained with another tokenizer than the dataset's.
+
+    source: a checkpoint's folder, or the name of one of OpenAI's models.
+    """
+    if Path(source).is_dir():
+        other = Tokenizer.load(source)
+    else:
+        other = Tokenizer(gpt2_spec())
+    if other.spec != tokenizer.spec:
+        raise UserError(
+            f"{source} was trained with the tokenizer {other.kind} ({other.vocab_size:,} tokens), "
+            f"{dataset} is prepared with another, {tokenizer.kind} ({tokenizer.vocab_size:,}); "
+            "prepare it with the same one")
+
+
+def load_dataset_tokenizer(dataset):
+    # Ready-made token files have GPT-2's tokens and no tokenizer.json; nanoGPT's have no meta.json.
+    meta, folder = read_dataset_meta(dataset), dataset_folder(dataset)
+    has_file = (folder / "tokenizer.json").is_file()
+    if not meta or (meta.get("tokenizer") == "gpt2" and not has_file):
+        return Tokenizer(gpt2_spec())
+    return Tokenizer.load(folder)
+
+
 def gpt2_spec():
-    """Return GPT-2's byte-pair encoding as a Tokenizer's spec; tiktoken fetches and caches it."""
+    """Return the spec of GPT-2's Tokenizer. Raises UserError where tiktoken cannot download it."""
     from tiktoken_ext.openai_public import gpt2
 
+    # tiktoken downloads the two files of GPT-2's vocabulary once, and caches them.
     try:
         parts = gpt2()
     except (OSError, ValueError) as error:
         raise UserError(
             f"GPT-2's tokenizer cannot be downloaded ({type(error).__name__}); go online once, set "
             "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from error
-    ranks = sorted(parts["mergeable_ranks"], key=parts["mergeable_ranks"].get)
+
+    # ranks: {bytes: id}. JSON holds no bytes, hence base64.
+    ranks = parts["mergeable_ranks"]
     return {"kind": "gpt2", "pattern": parts["pat_str"],
-            "tokens": [base64.b64encode(token).decode() for token in ranks],
+            "tokens": [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)],
             "special_tokens": parts["special_tokens"]}
 
 
 class Tokenizer:
     """Text to ids and back. `spec` is all of it, and is what tokenizer.json holds.
 
-    vocab_size: ids are below it. eot: the id that begins a document, or None where a corpus of
-    one text with a `chars` tokenizer has none.
+    kind: bytes, chars, gpt2 or bpe. vocab_size: all ids are below it. eot: the id that begins a
+    document; None where a corpus of one text with a `chars` tokenizer has none.
     """
 
     def __init__(self, spec):
         self.spec, self.kind = spec, spec["kind"]
-        if self.kind == "bytes":
-            self.vocab_size, self.eot = 257, 256
-        elif self.kind == "chars":
-            size = len(spec["alphabet"])
-            self.eot = size if spec["documents"] else None
-            self.vocab_size = size + spec["documents"]
-            points = np.array([ord(c) for c in spec["alphabet"]], int)
-            self.table = np.full(points.max(initial=0) + 2, -1)  # code point to id; the last: none
-            self.table[points] = np.arange(size)
-        elif self.kind in ("gpt2", "bpe"):
-            import tiktoken
+        if self.kind not in KINDS:
+            raise UserError(f"unknown tokenizer {self.kind!r}; this version knows "
+                            f"{', '.join(KINDS)}")
 
-            ranks = {base64.b64decode(token): i for i, token in enumerate(spec["tokens"])
-                     if token is not None}
-            self.bpe = tiktoken.Encoding(self.kind, pat_str=spec["pattern"], mergeable_ranks=ranks,
-                                         special_tokens=spec["special_tokens"])
-            self.vocab_size, self.eot = self.bpe.n_vocab, spec["special_tokens"][EOT]
-        else:
-            raise UserError(f"unknown tokenizer {self.kind!r}; this version knows bytes, chars, "
-                             "gpt2 and bpe")
+        # What differs between the kinds is in a class of its own.
+        self.codec = KINDS[self.kind](spec)
+        self.vocab_size, self.eot = self.codec.vocab_size, self.codec.eot
 
     def encode(self, text):
         """Return the ids of a text, an array; <|endoftext|> in it is ordinary text. Raises
-        ValueError naming the characters that a `chars` vocabulary lacks."""
-        if self.kind == "bytes":
-            return np.frombuffer(text.encode(), np.uint8)
-        if self.kind == "chars":
-            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-            ids = self.table[np.minimum(points, len(self.table) - 1)]
-            if (ids < 0).any():
-                lacking = "".join(sorted({text[i] for i in np.flatnonzero(ids < 0)}))
-                raise UserError(f"the vocabulary of {self.vocab_size} characters lacks "
-                                 f"{lacking!r}; leave them out, or train with --tokenizer=bytes")
-            return ids
-        return self.bpe.encode_to_numpy(text, disallowed_special=())
+        UserError naming the characters that a `chars` vocabulary lacks."""
+        return self.codec.encode(text)
 
     def encode_prompt(self, text):
         """Return the ids of a prompt, a list, in which <|endoftext|> stands for its token."""
-        first, *others = text.split(EOT) if self.eot is not None else [text]
+        if self.eot is None:
+            return self.encode(text).tolist()
+
+        # Put the token between the parts that its text separates.
+        first, *others = text.split(EOT)
         ids = self.encode(first).tolist()
         for part in others:
             ids += [self.eot, *self.encode(part).tolist()]
         return ids
 
     def decode_bytes(self, ids):
-        """Return the bytes of ids; those of <|endoftext|> as such."""
-        if self.kind == "bytes":
-            return b"".join(EOT.encode() if i == self.eot else bytes([i]) for i in ids)
-        if self.kind == "chars":
-            return "".join(EOT if i == self.eot else self.spec["alphabet"][i]
-                           for i in ids).encode()
-        return self.bpe.decode_bytes(list(ids))
+        """Return the bytes of ids; that of end-of-text becomes <|endoftext|>."""
+        return self.codec.decode_bytes(ids)
 
     def decode(self, ids):
         """Return the text of ids; bytes that are not UTF-8 become the replacement character."""
@@ -130,8 +125,87 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path):
+        """Return the Tokenizer of a file. Raises UserError where it is damaged."""
         spec = read_json(path)
         try:
             return cls(spec)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a tokenizer that can be used ({error!r})") from error
+
+
+# ---------------------------------------------------------------------- one class for each kind
+
+
+class Bytes:
+    """The ids 0 to 255 are the bytes of UTF-8; 256 is end-of-text."""
+
+    # There is nothing that a spec could choose.
+    vocab_size, eot = 257, 256
+    tokens = [*(bytes([i]) for i in range(256)), EOT.encode()]
+
+    def __init__(self, spec):
+        pass
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode_bytes(self, ids):
+        return b"".join(self.tokens[i] for i in ids)
+
+
+class Characters:
+    """Ids are positions in an alphabet; the next one is end-of-text, if there are documents."""
+
+    def __init__(self, spec):
+        self.tokens, self.eot = list(spec["alphabet"]), None
+
+        # id_of[code point]: an array, so that a text is encoded at once. -1 stands for characters
+        # that are missing; its last entry, for all that come after the alphabet's last.
+        code_points = np.array([ord(character) for character in self.tokens], int)
+        self.id_of = np.full(code_points.max(initial=0) + 2, -1)
+        self.id_of[code_points] = np.arange(len(self.tokens))
+
+        # A corpus of a single text needs no end-of-text.
+        if spec["documents"]:
+            self.eot = len(self.tokens)
+            self.tokens.append(EOT)
+        self.vocab_size = len(self.tokens)
+
+    def encode(self, text):
+        code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        ids = self.id_of[np.minimum(code_points, len(self.id_of) - 1)]
+
+        # Name the characters that are missing, once each.
+        if (ids < 0).any():
+            missing = "".join(sorted({text[i] for i in np.flatnonzero(ids < 0)}))
+            raise UserError(f"the vocabulary of {self.vocab_size} characters lacks {missing!r}; "
+                            "leave them out, or train with --tokenizer=bytes")
+        return ids
+
+    def decode_bytes(self, ids):
+        return "".join(self.tokens[i] for i in ids).encode()
+
+
+class BytePairs:
+    """A byte-pair encoding: tiktoken joins the pair of neighbours with the lowest id first."""
+
+    def __init__(self, spec):
+        import tiktoken
+
+        # None stands at the ids of special tokens.
+        ranks = {base64.b64decode(token): i for i, token in enumerate(spec["tokens"])
+                 if token is not None}
+        self.encoding = tiktoken.Encoding(spec["kind"], pat_str=spec["pattern"],
+                                          mergeable_ranks=ranks,
+                                          special_tokens=spec["special_tokens"])
+        self.vocab_size, self.eot = self.encoding.n_vocab, spec["special_tokens"][EOT]
+
+    def encode(self, text):
+        # No text is special: by default tiktoken refuses a text that has <|endoftext|>.
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode_bytes(self, ids):
+        return self.encoding.decode_bytes(list(ids))
+
+
+KINDS = {"bytes": Bytes, "chars": Characters, "gpt2": BytePairs, "bpe": BytePairs}

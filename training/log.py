@@ -1,7 +1,12 @@
-"""What a run says: metrics.jsonl, the terminal, Weights & Biases, the loss curve.
+"""What a run writes down: its folder, metrics.jsonl, lines in the terminal, Weights & Biases, and
+the loss curve.
 
-    out/<run>/metrics.jsonl  a line per logged iteration and per evaluation
+    out/<run>/metrics.jsonl  a line for each logged iteration and each evaluation
     out/<run>/loss.png       drawn from it
+
+Keys of a logged iteration: iter tokens loss grad_norm lr ms tokens_per_s, and mfu and bad_steps
+where they are known. Keys of an evaluation: iter tokens val_loss, val_bpb where the bytes of the
+text are known, and val_loss_<dataset> where there are several.
 """
 
 import json
@@ -9,74 +14,91 @@ import math
 import os
 import re
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
 
 from configurator import UserError
-from formats.files import naming_write_errors, write_atomically
+from formats.files import lock_folder, naming_write_errors, write_atomically
 from runtime.device import peak_flops
 
-HALVINGS = 32  # updates that float16's scaler may skip until its scale, from 2**16, is no cause
+# Updates that float16's scaler may skip while it halves its scale from 2**16: no reason to stop.
+SCALER_HALVINGS = 32
 
 
-def open_run(run_dir, config, before, runtime):
-    """Prepare the run's folder; return record(row), which writes a row of metrics.
+class RunFolder:
+    """The folder of a run, locked against other runs while entered. Only the main process touches
+    it; on the others this does nothing."""
 
-    An earlier run in the folder is moved aside. A resumed run forgets the metrics that were
-    written after its checkpoint: it will write them again.
-    """
-    if not runtime.is_main or config["eval_only"]:
-        return lambda row: None
-    path, kept, wandb_run = run_dir / "metrics.jsonl", [], None
-    held = hold(run_dir)
-    if before:
-        done = before.get("iter_num", 0)
-        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["iter"] < done
-                or row["iter"] == done and "val_loss" in row and "val_loss" in before]
-    elif (run_dir / "latest").is_file():
-        number = next(n for n in range(1, 10**6) if not Path(f"{run_dir}.{n}").exists())
-        os.replace(run_dir, f"{run_dir}.{number}")
-        runtime.print_main(f"{run_dir} held an earlier run, which is now {run_dir}.{number}")
-        held = hold(run_dir)
-    write_atomically(path, "".join(kept))
-    if config["wandb_log"]:
-        wandb_run = start_wandb(run_dir, config)
+    def __init__(self, run_dir, c, checkpoint, runtime):
+        """checkpoint: the Checkpoint that the run resumes, or None."""
+        self.run_dir, self.c, self.checkpoint, self.runtime = run_dir, c, checkpoint, runtime
+        self.path = run_dir / "metrics.jsonl"
+        self.wandb_run = None
+        self.locks = ExitStack()
 
-    def record(row, held=held):  # and keep the lock
-        row = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON has no NaN
-        with naming_write_errors(path), open(path, "a", encoding="utf-8") as file:
+    def __enter__(self):
+        if not self.runtime.is_main:
+            return self
+        self.lock()
+        # an earlier run is moved aside; a resumed one keeps its metrics
+        kept = []
+        if self.checkpoint:
+            kept = self.rows_before_the_checkpoint()
+        elif (self.run_dir / "latest").is_file():
+            self.move_earlier_run()
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        # and the curve at Weights & Biases goes on
+        if self.c.wandb_log:
+            self.wandb_run = start_wandb(self.run_dir, self.c)
+        return self
+
+    def __exit__(self, *exception):
+        self.locks.close()
+
+    def lock(self):
+        self.locks.enter_context(lock_folder(
+            self.run_dir,
+            "another process is training there; stop it, or choose another --out_dir="))
+
+    def move_earlier_run(self):
+        """Rename the folder of an earlier run to out/<run>.1, .2 and so on, and make a new one."""
+        number = 1
+        while Path(f"{self.run_dir}.{number}").exists():
+            number += 1
+        os.replace(self.run_dir, f"{self.run_dir}.{number}")
+        print(f"{self.run_dir} held an earlier run, which is now {self.run_dir}.{number}",
+              flush=True)
+        self.lock()
+
+    def rows_before_the_checkpoint(self):
+        """Return the metrics up to the checkpoint; the resumed run will write the others again."""
+        meta, kept = self.checkpoint.meta, []
+        for row in read_metrics(self.path):
+            # the checkpoint was saved after its iteration's evaluation, if there was one
+            is_its_evaluation = row["iter"] == meta["iter_num"] and "val_loss" in row
+            if row["iter"] < meta["iter_num"] or is_its_evaluation and "val_loss" in meta:
+                kept.append(row)
+        return kept
+
+    def record(self, row):
+        """Append a row to metrics.jsonl, without what is not finite: JSON has no NaN."""
+        if not self.runtime.is_main:
+            return
+        row = {key: value for key, value in row.items() if math.isfinite(value)}
+        with naming_write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if wandb_run:
-            wandb_run.log(row, step=row["iter"])
-
-    return record
-
-
-def hold(run_dir):
-    """Return the run's folder's lock, made where it is missing: this process's until it is closed
-    or the process ends, however. Raises UserError where another process has it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = open(run_dir / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{run_dir}: another process is training there; stop it, or choose "
-                         "another --out_dir=") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
+        if self.wandb_run:
+            self.wandb_run.log(row, step=row["iter"])
 
 
 def read_metrics(path):
     """Return the rows of metrics.jsonl; a line that a kill or a full disk cut short is left out."""
     rows = []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+    if not path.is_file():
+        return rows
+    for line in path.read_text("utf-8", "replace").splitlines():
         with suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("iter"), int):
@@ -84,21 +106,24 @@ def read_metrics(path):
     return rows
 
 
-def start_wandb(run_dir, config):
-    """Return the Weights & Biases run; a resumed run goes on in the same curve."""
-    id_path = run_dir / "wandb_id"
-    wandb_id = id_path.read_text("utf-8", "replace") if id_path.is_file() else None
-    if wandb_id and not re.fullmatch(r"[\w-]{1,64}", wandb_id.strip()):
-        raise UserError(f"{id_path}: not the id of a run; remove the file")
+def start_wandb(run_dir, c):
+    """Return the Weights & Biases run; a resumed run continues the same curve."""
+    # the id of the run that is resumed
+    id_path, wandb_id = run_dir / "wandb_id", None
+    if id_path.is_file():
+        wandb_id = id_path.read_text("utf-8", "replace").strip()
+        if not re.fullmatch(r"[\w-]{1,64}", wandb_id):
+            raise UserError(f"{id_path}: not the id of a run; remove the file")
+    # start it
     try:
         import wandb
 
-        wandb_run = wandb.init(project=config["wandb_project"], config=config, dir=run_dir,
-                               name=config["wandb_run_name"] or run_dir.name,
-                               id=wandb_id, resume="allow" if wandb_id else None)
+        wandb_run = wandb.init(
+            project=c.wandb_project, name=c.wandb_run_name or run_dir.name, config=vars(c),
+            dir=run_dir, id=wandb_id, resume="allow" if wandb_id else None)
     except Exception as error:  # not installed, not logged in, not reached
         raise UserError(f"wandb_log=True does not work here ({error}); log in with `wandb login`, "
-                         "set WANDB_MODE=offline, or leave it out") from error
+                        "set WANDB_MODE=offline, or leave it out") from error
     write_atomically(id_path, wandb_run.id)
     return wandb_run
 
@@ -110,12 +135,14 @@ def draw_loss(run_dir):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    # one curve for each of the two losses
     rows = read_metrics(run_dir / "metrics.jsonl")
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
         points = [(row["iter"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    # labels, and the file
     axes.set(xlabel="iteration", ylabel="loss, nats per token", title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -125,89 +152,138 @@ def draw_loss(run_dir):
 
 
 class Log:
-    """What a run says of its iterations and evaluations: a line in the terminal and one in
-    metrics.jsonl, through `record`. It counts the updates that were skipped, too.
+    """Counts, times and prints a run's iterations and evaluations, and records them.
 
-    bad: (2,) on the device: updates skipped because they were not numbers, and those in a row.
+    bad_steps: (2,) on the device, so that counting does not wait for it: updates that were skipped
+    because the loss or the gradient was not finite, in all and in a row.
     """
 
-    def __init__(self, record, model, config, tokens_per_iter, before, run_dir, runtime):
-        self.record, self.model, self.config, self.runtime = record, model, config, runtime
-        self.tokens_per_iter, self.run_dir = tokens_per_iter, run_dir
-        self.bad = torch.tensor(before.get("bad_steps", [0, 0]), dtype=torch.float32,
-                                device=runtime.device)
-        self.norm_mean, self.all_done = None, 0  # of this process's run
-        self.began = time.perf_counter() - 60 * before.get("minutes", 0)
+    def __init__(self, folder, model, c, tokens_per_iter, checkpoint, runtime):
+        """checkpoint: the Checkpoint that the run resumes, or None."""
+        minutes_before, bad_steps = 0, [0, 0]
+        if checkpoint:
+            minutes_before, bad_steps = checkpoint.meta["minutes"], checkpoint.meta["bad_steps"]
+        self.folder, self.model, self.c, self.runtime = folder, model, c, runtime
+        self.tokens_per_iter = tokens_per_iter
+        self.bad_steps = torch.tensor(bad_steps, dtype=torch.float32, device=runtime.device)
+        self.mean_norm = None  # a moving average
+        self.iterations = 0  # since this process started the run
+        self.started = time.perf_counter() - 60 * minutes_before
         self.restart_clock()
 
     def restart_clock(self):
-        """Begin to count the time of an iteration anew, after something else."""
-        self.since, self.done = time.perf_counter(), 0
-        if not self.all_done:
-            self.all_since = self.since
+        """Start to time the iterations anew, after an evaluation or a checkpoint."""
+        self.interval_started, self.interval_iterations = time.perf_counter(), 0
+        if self.iterations == 0:
+            self.first_started = self.interval_started
 
     def minutes(self):
-        """Return how long the run has trained, before it was resumed too."""
-        return (time.perf_counter() - self.began) / 60
+        """Return how long the run has trained, including before it was resumed."""
+        return (time.perf_counter() - self.started) / 60
 
-    def used(self):
-        """Return the share of max_minutes that is used up; 0 where there is no such limit."""
-        limit = self.config["max_minutes"]
-        return self.minutes() / limit if limit else 0.0
+    def time_used(self):
+        """Return the share of max_minutes that is used; 0 where there is no such limit."""
+        if not self.c.max_minutes:
+            return 0.0
+        return self.minutes() / self.c.max_minutes
 
-    def evaluation(self, iter_num, row):
-        self.record({"iter": iter_num, "tokens": iter_num * self.tokens_per_iter, **row})
-        self.runtime.print_main(f"step {iter_num}: " + ", ".join(
-            f"{key} {value:.4f}" for key, value in row.items()))
+    def evaluation(self, iter_num, scores):
+        """Print and record an evaluation, draw the loss curve, restart the clock."""
+        self.runtime.print_main(f"step {iter_num}: {scores_text(scores)}")
+        self.folder.record({"iter": iter_num, "tokens": iter_num * self.tokens_per_iter, **scores})
+        if self.runtime.is_main and iter_num:
+            draw_loss(self.folder.run_dir)
+        self.restart_clock()
 
-    def iteration(self, iter_num, lr, loss, grad_norm, scaler):
-        """Note an iteration; where it is one to be logged, wait for the device and log it. Raises
-        ValueError where too many updates in a row were skipped."""
-        # float16's scaler skips some to find its scale: those count in the row, not in the sum
-        of_loss = ~torch.isfinite(loss)
-        skipped = of_loss | ~torch.isfinite(grad_norm)
-        self.bad = torch.stack([self.bad[0] + (of_loss if scaler.is_enabled() else skipped),
-                                (self.bad[1] + 1) * skipped])
-        self.done, self.all_done = self.done + 1, self.all_done + 1
-        if iter_num % self.config["log_interval"]:
+    def iteration(self, iter_num, lr, loss, grad_norm):
+        """Count an iteration. Where it is one to be logged, wait for the device, print and record.
+
+        loss, grad_norm: tensors on the device. Raises UserError where too many updates in a row
+        were skipped.
+        """
+        # count, without waiting for the device
+        self.count_bad_step(loss, grad_norm)
+        self.iterations += 1
+        self.interval_iterations += 1
+        if iter_num % self.c.log_interval:
             return
-        loss, norm, bad_steps, streak = torch.stack([loss, grad_norm, *self.bad]).tolist()  # waits
-        now, max_iters = time.perf_counter(), self.config["max_iters"]
-        seconds = (now - self.since) / self.done
-        left = (now - self.all_since) / self.all_done * (max_iters - iter_num - 1)
-        if limit := self.config["max_minutes"]:
-            left = max(0, min(left, 60 * (limit - self.minutes())))
-        self.since, self.done = now, 0
+        # read from the device what is logged
+        numbers = torch.stack([loss, grad_norm, *self.bad_steps])
+        loss, norm, bad_steps, bad_in_a_row = numbers.tolist()  # waits for the device
+        # the time of an iteration since the last line, and what is left of the run
+        now = time.perf_counter()
+        seconds = (now - self.interval_started) / self.interval_iterations
+        seconds_left = self.seconds_left(now, iter_num)
+        self.interval_started, self.interval_iterations = now, 0
+        # one row of metrics, one line in the terminal
+        tokens_per_s = self.tokens_per_iter / seconds
         row = {"iter": iter_num, "tokens": (iter_num + 1) * self.tokens_per_iter, "loss": loss,
-               "grad_norm": norm, "lr": lr, "ms": 1000 * seconds,
-               "tokens_per_s": self.tokens_per_iter / seconds,
-               **mfu(self.model, self.tokens_per_iter / seconds, self.runtime),
-               **({"bad_steps": int(bad_steps)} if bad_steps else {})}
-        self.record(row)
+               "grad_norm": norm, "lr": lr, "ms": 1000 * seconds, "tokens_per_s": tokens_per_s,
+               **mfu(self.model, tokens_per_s, self.runtime)}
+        if bad_steps:
+            row["bad_steps"] = int(bad_steps)
+        self.folder.record(row)
         if math.isfinite(norm):
-            self.norm_mean = 0.98 * (self.norm_mean or norm) + 0.02 * norm
-        self.runtime.print_main(log_line(row, self.norm_mean, max_iters, left))
-        if streak >= self.config["max_bad_steps"] + (HALVINGS if scaler.is_enabled() else 0):
-            latest = self.run_dir / "latest"
-            last = latest.read_text("utf-8").strip() if latest.is_file() else ""
-            raise UserError(
-                f"{streak:.0f} updates in a row up to iteration {iter_num} had a loss or a gradient"
-                " that is not a number, and were skipped; "
-                + (f"the last good checkpoint is {self.run_dir / last}" if last
-                   else "no checkpoint yet") + "; lower learning_rate, or raise max_bad_steps")
+            self.mean_norm = 0.98 * (self.mean_norm or norm) + 0.02 * norm
+        self.runtime.print_main(log_line(row, self.mean_norm, self.c.max_iters, seconds_left))
+        self.check_bad_steps(iter_num, bad_in_a_row)
+
+    def seconds_left(self, now, iter_num):
+        """Return an estimate from the mean time of an iteration so far, and from max_minutes."""
+        mean_seconds = (now - self.first_started) / self.iterations
+        seconds = mean_seconds * (self.c.max_iters - iter_num - 1)
+        if self.c.max_minutes:
+            seconds = min(seconds, 60 * (self.c.max_minutes - self.minutes()))
+        return max(0, seconds)
+
+    def count_bad_step(self, loss, grad_norm):
+        """Count the update in bad_steps where it was skipped."""
+        bad_loss = ~torch.isfinite(loss)
+        skipped = bad_loss | ~torch.isfinite(grad_norm)
+        # float16's scaler skips some updates to find its scale: they count in the row alone
+        counted = bad_loss if self.runtime.dtype == torch.float16 else skipped
+        in_all, in_a_row = self.bad_steps
+        self.bad_steps = torch.stack([in_all + counted, (in_a_row + 1) * skipped])
+
+    def check_bad_steps(self, iter_num, bad_in_a_row):
+        """Raise UserError where too many updates in a row were skipped."""
+        limit = self.c.max_bad_steps
+        if self.runtime.dtype == torch.float16:
+            limit += SCALER_HALVINGS
+        if bad_in_a_row < limit:
+            return
+        last_good, latest = "no checkpoint yet", self.folder.run_dir / "latest"
+        if latest.is_file():
+            name = latest.read_text("utf-8").strip()
+            last_good = f"the last good checkpoint is {self.folder.run_dir / name}"
+        raise UserError(
+            f"{bad_in_a_row:.0f} updates in a row up to iteration {iter_num} had a loss or a "
+            f"gradient that is not finite, and were skipped; {last_good}; lower learning_rate, or "
+            "raise max_bad_steps")
 
 
 def mfu(model, tokens_per_s, runtime):
-    """Return {'mfu': share of the devices' peak FLOP/s}, or {} where the peak is not known."""
+    """Return {"mfu": share of the devices' peak FLOP/s} (Chowdhery et al. 2022, PaLM, appendix B),
+    or {} where the peak is not known."""
     peak = peak_flops(runtime)
-    achieved = model.flops_per_token() * tokens_per_s / runtime.world_size
-    return {"mfu": achieved / peak} if peak else {}
+    if not peak:
+        return {}
+    return {"mfu": model.flops_per_token() * tokens_per_s / runtime.world_size / peak}
 
 
-def log_line(row, norm_mean, max_iters, left):
-    share = f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
-    minutes, seconds = divmod(round(left), 60)
-    return (f"iter {row['iter']:>{len(str(max_iters))}}/{max_iters} | loss {row['loss']:.4f} | "
-            f"norm {row['grad_norm']:.3f} (mean {norm_mean or math.nan:.3f}) | "
-            f"lr {row['lr']:.2e} | {row['ms']:.1f} ms | {row['tokens_per_s']:,.0f} tok/s{share} | "
-            f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+def scores_text(scores):
+    return ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+
+
+def log_line(row, mean_norm, max_iters, seconds_left):
+    minutes, seconds = divmod(round(seconds_left), 60)
+    parts = [f"iter {row['iter']:>{len(str(max_iters))}}/{max_iters}",
+             f"loss {row['loss']:.4f}",
+             f"norm {row['grad_norm']:.3f} (mean {mean_norm or math.nan:.3f})",
+             f"lr {row['lr']:.2e}",
+             f"{row['ms']:.1f} ms",
+             f"{row['tokens_per_s']:,.0f} tok/s",
+             f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"]
+    if "mfu" in row:
+        parts.insert(-1, f"mfu {row['mfu']:.1%}")
+    return " | ".join(parts)

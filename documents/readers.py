@@ -1,0 +1,220 @@
+"""Documents in files: plain text, .jsonl, .csv and .parquet, each of them also as .gz or .zst.
+
+A text file is one document. Each line of a .jsonl file is a JSON object, and each row of a .csv
+file (whose first row names the columns) or of a .parquet file is a document: the text is in one
+column, and others may say where it is from. Text is UTF-8, with or without a byte order mark.
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from contextlib import contextmanager
+from functools import cache
+from io import BufferedReader
+from pathlib import Path
+
+from configurator import UserError
+
+# How many bytes of a text file are read at a time
+CHUNK = 1 << 20
+
+
+# ---------------------------------------------------------------------- a document of each kind
+
+
+class BadText(UserError):
+    """A document that is not text. reason: where it is, and why it is not text."""
+
+    def __init__(self, reason):
+        super().__init__(f"{reason}; leave it out, or say --bad_text=skip or --bad_text=replace")
+        self.reason = reason
+
+
+class DocumentReader:
+    """Reads the documents of files of any of these kinds.
+
+    column: the one that holds the text. extra_columns: others to return, where a file has them.
+    bad_text: what to do with a document that is not UTF-8: "stop" (raise BadText), "skip", or
+    "replace" what is wrong in it.
+    """
+
+    def __init__(self, column, bad_text, extra_columns):
+        self.column, self.bad_text, self.extra_columns = column, bad_text, extra_columns
+        self.decode_errors = {"stop": "strict", "skip": "strict", "replace": "replace"}[bad_text]
+
+    def read(self, path, file):
+        """Return an iterator of (texts, row), one for each document of an open binary file.
+
+        texts: an iterable of strings, which joined are the document. row: its extra columns.
+        Raises UserError with the path and the position for what cannot be read.
+        """
+        # A file of any other suffix is plain text.
+        suffix = Path(unpacked_name(path)).suffix
+        if suffix == ".jsonl":
+            return self.read_jsonl(path, file)
+        if suffix == ".csv":
+            return self.read_csv(path, file)
+        if suffix == ".parquet":
+            return self.read_parquet(path, file)
+        return self.read_text(path, file)
+
+    def read_text(self, path, file):
+        if self.bad_text == "skip":
+            # Read all of it first: it may turn out to be bad after much good text.
+            try:
+                for _ in self.decoded_chunks(path, file):
+                    pass
+            except BadText as error:
+                warn_once(f"skipped: {error.reason}")
+                return
+            file.seek(0)
+        yield self.decoded_chunks(path, file), {}
+
+    def read_jsonl(self, path, file):
+        for number, line in self.decoded_lines(path, file):
+            if not line.strip():
+                continue
+
+            # Check that the line is an object with a text in its column.
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: no text in field {self.column!r}, for this is not a "
+                                f"JSON object but a {type(row).__name__}")
+            if not isinstance(row.get(self.column), str):
+                raise UserError(f"{where}: no text in field {self.column!r} (it has: "
+                                f"{', '.join(row)}); name the field with --text_column=")
+
+            # Lone surrogates, which JSON can hold and UTF-8 cannot, become question marks.
+            text = row[self.column].encode("utf-8", "replace").decode()
+            yield [text], self.extra(row)
+
+    def read_csv(self, path, file):
+        # The csv module's own limit is 131,072 characters per field.
+        csv.field_size_limit(2**31 - 1)
+
+        # A row may span several lines; csv asks for as many as it needs.
+        rows = csv.DictReader(line for _, line in self.decoded_lines(path, file))
+        try:
+            check_column(path, self.column, rows.fieldnames or [])
+            for row in rows:
+                yield [row[self.column] or ""], self.extra(row)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
+
+    def read_parquet(self, path, file):
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            with ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                check_column(path, self.column, names)
+                extra = [name for name in self.extra_columns if name in names]
+
+                # Read a thousand rows at a time: the file may be larger than the memory.
+                for batch in table.iter_batches(batch_size=1024, columns=[self.column, *extra]):
+                    texts = batch.column(self.column).cast(pa.large_string()).to_pylist()
+                    rows = batch.select(extra).to_pylist()
+                    for text, row in zip(texts, rows, strict=True):
+                        yield [text or ""], row
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read as parquet ({error})") from error
+
+    def extra(self, row):
+        """Return those of the extra columns that the row has."""
+        return {name: row[name] for name in self.extra_columns if name in row}
+
+    # ------------------------------------------------------------------ from bytes to text
+
+    def decoded_chunks(self, path, file):
+        """Yield a text file in strings. Raises BadText for what is not text, unless replaced."""
+        decode = codecs.getincrementaldecoder("utf-8-sig")(self.decode_errors).decode
+        done, at_end = 0, False  # done: bytes
+        with naming_damage(path):
+            unpacked = unpack(path, file)
+            while not at_end:
+                # Decode the next bytes. The decoder keeps a character that they cut in two.
+                data = unpacked.read(CHUNK)
+                at_end = not data
+                try:
+                    text = decode(data, final=at_end)
+                except UnicodeDecodeError as error:
+                    position = done + len(data) - len(error.object) + error.start
+                    raise BadText(f"{path}, byte {position:,}: not UTF-8 (0x"
+                                  f"{error.object[error.start]:02x}, {error.reason})") from error
+
+                # Zero bytes are UTF-8, but what has them is UTF-16 or no text at all.
+                if "\0" in text and self.bad_text != "replace":
+                    raise BadText(f"{path}, near byte {done:,}: has zero bytes, so it is not text")
+                yield text.replace("\0", "\ufffd")
+                done += len(data)
+
+    def decoded_lines(self, path, file):
+        """Yield (number, line) of a file of lines. Raises BadText, unless skipped or replaced."""
+        with naming_damage(path):
+            for number, line in enumerate(unpack(path, file), 1):
+                # A byte order mark is no part of the text.
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                try:
+                    text = line.decode("utf-8", self.decode_errors)
+                except UnicodeDecodeError as error:
+                    # A line is a document, so only this one need be skipped.
+                    bad = BadText(f"{path}, line {number:,}, byte {error.start:,}: not UTF-8")
+                    if self.bad_text == "stop":
+                        raise bad from error
+                    warn_once(f"skipped: {bad.reason}")
+                    continue
+                yield number, text
+
+
+# ---------------------------------------------------------------------- packed files, messages
+
+
+def unpacked_name(path):
+    """Return the file's name in small letters, without .gz or .zst."""
+    return re.sub(r"\.(gz|zst)$", "", path.name.lower())
+
+
+def unpack(path, file):
+    """Return a file of the unpacked bytes, where the path ends in .gz or .zst; else the file."""
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(file, "rb")
+    if path.name.lower().endswith(".zst"):
+        from pyarrow import input_stream
+
+        return BufferedReader(input_stream(file, compression="zstd"))
+    return file
+
+
+@contextmanager
+def naming_damage(path):
+    """Turn what a damaged packed file raises into a UserError with its name."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error) as error:
+        # An error with a number is the system's, and no matter of the file's content.
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise UserError(f"{path}: damaged, or not what its name says ({error})") from error
+
+
+@cache
+def warn_once(text):
+    """Print a warning, once: prepare.py reads the documents twice."""
+    print(text, file=sys.stderr)
+
+
+def check_column(source, column, names):
+    """Raise UserError if the column of the text is not among the names of all columns."""
+    if column not in names:
+        raise UserError(f"{source}: no column {column!r} (it has: {', '.join(names)}); name it "
+                        "with --text_column=")

@@ -1,0 +1,39 @@
+"""How fast this machine multiplies matrices and reads memory."""
+
+import time
+
+import torch
+
+from runtime.device import synchronize
+
+
+@torch.no_grad()
+def measure_machine(device, size=0):
+    """Return the GFLOP/s of a square matrix product in two number formats, and the GB/s at which
+    memory is read. size: rows of the matrix; 0: 1024 on a CPU, else 8192."""
+    if not size:
+        size = 8192
+        if device.type == "cpu":
+            size = 1024
+    # A product of n x n matrices takes 2 n^3 operations.
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(size, size, device=device).to(dtype)
+        name = str(dtype).removeprefix("torch.")
+        rates[f"{name}_gflop_per_s"] = 2 * size**3 / best_seconds(device, torch.matmul, x, x) / 1e9
+    # 256 MB on a CPU: no cache holds it.
+    x = torch.ones(size * size * 64, device=device)
+    rates["read_gb_per_s"] = 4 * x.numel() / best_seconds(device, torch.sum, x) / 1e9
+    return rates
+
+
+def best_seconds(device, function, *arguments):
+    """Return the shortest of eight calls' times."""
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        function(*arguments)
+        # A GPU has only been given the work.
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)

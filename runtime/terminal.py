@@ -1,0 +1,51 @@
+"""What is shown on a terminal: colours or not, and how far a long job is."""
+
+import os
+import sys
+import time
+
+
+def use_colour(stream):
+    """Return whether to write colours to a stream: it is a terminal, and the user has not turned
+    colours off with the environment variable NO_COLOR (no-color.org)."""
+    return stream.isatty() and "NO_COLOR" not in os.environ
+
+
+class Progress:
+    """A line on standard error such as "tokenizing: 31.4%, 9 documents, 900 tokens, 300 tokens/s,
+    0:02:10 left". It is renewed each second on a terminal; elsewhere a line is added each minute.
+
+    share_done: a function that returns the share of the work that is done, from 0 to 1. tokens: how
+    many there are at the start, when an earlier process has done a part of the work.
+    """
+
+    def __init__(self, label, share_done, tokens=0):
+        self.label, self.share_done = label, share_done
+        self.first_share, self.first_tokens = share_done(), tokens
+        self.on_terminal = sys.stderr.isatty()
+        self.interval = 1 if self.on_terminal else 60  # seconds
+        self.first_time = self.last_time = time.monotonic()
+
+    def show(self, documents=None, tokens=None):
+        """Show the line, if it is time for it; with the counts, where they are given."""
+        now = time.monotonic()
+        if now - self.last_time < self.interval:
+            return
+        self.last_time = now
+        seconds = now - self.first_time
+        share = self.share_done()
+        line = f"{self.label}: {share:.1%}"
+        if tokens is not None:
+            speed = (tokens - self.first_tokens) / seconds
+            line += f", {documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
+
+        # The rest takes as long per share of the work as what this process has done.
+        if share > self.first_share:
+            left = round(seconds * (1 - share) / (share - self.first_share))
+            line += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+
+        # On a terminal, go back to the start of the line and overwrite the one before it.
+        if self.on_terminal:
+            print(f"\r{line}   ", end="\r", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,41 @@
+"""Token files for tests, written independently of formats/shards.py."""
+
+import json
+import os
+
+import numpy as np
+
+
+def write_token_file(path, ids, magic=20240520, version=1, count=None, dtype="<u2"):
+    """Write a token file in llm.c's layout, independently of ShardWriter."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids).astype(dtype).tobytes())
+
+
+def write_mask_file(path, marks, count=None):
+    header = np.array([20241121, 1, len(marks) if count is None else count, *[0] * 253], "<i4")
+    path.write_bytes(header.tobytes() + bytes(marks))
+
+
+def write_plan(folder, counts, **meta):
+    """Write the meta.json of a download that is under way: {split: {file: tokens}}."""
+    splits = {split: {"tokens": sum(files.values()), "shards": [
+        {"file": name, "tokens": count} for name, count in files.items()]}
+        for split, files in counts.items()}
+    (folder / "meta.json").write_text(json.dumps(
+        {"dataset": "x", "tokenizer": "gpt2", "vocab_size": 50257, "splits": splits, **meta}))
+
+
+LANDING = {"train": {f"x_train_{i:06d}.bin": count for i, count in enumerate([50, 3, 36, 90])},
+           "val": {"x_val_000000.bin": 40}}
+
+
+def land(folder, *names):
+    """Let files of LANDING arrive whole, as a download does; without names all of them."""
+    first = 0
+    for name, count in [*LANDING["train"].items(), *LANDING["val"].items()]:
+        if not names or name in names:
+            write_token_file(folder / "aside", range(first, first + count))
+            os.replace(folder / "aside", folder / name)
+        first += count

@@ -1,0 +1,91 @@
+"""How far a run is, what a checkpoint keeps of it, and how it stops."""
+
+import math
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from configurator import UserError
+from training.optim import load_optimizer_state, optimizer_state
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+    iter_num: int = 0  # updates that are done
+    best_val_loss: float = math.inf
+    evaluated_at: int | None = None  # the iteration of the last evaluation
+    saved_at: int = 0  # the iteration of the last checkpoint
+
+    @classmethod
+    def of(cls, checkpoint):
+        """Return that of a Checkpoint, or of a new run where it is None."""
+        if checkpoint is None:
+            return cls()
+        meta = checkpoint.meta
+        evaluated_at = meta["iter_num"] if "val_loss" in meta else None
+        return cls(meta["iter_num"], meta["best_val_loss"], evaluated_at, meta["iter_num"])
+
+
+def save(run, progress, log, writer, scores=None, is_best=False):
+    """Write a checkpoint. scores: those of an evaluation at this iteration, if there was one."""
+    meta = {"iter_num": progress.iter_num, "tokens": progress.iter_num * run.tokens_per_iter,
+            **(scores or {}), "best_val_loss": progress.best_val_loss,
+            "bad_steps": log.bad_steps.tolist(), "minutes": log.minutes(),
+            "config": run.requested, "shards": run.train_data.shards}
+    writer.save(state_of(run.training), meta, is_best)
+    progress.saved_at = progress.iter_num
+
+
+def state_of(training):
+    """Return what a checkpoint keeps of the weights, the optimizers and the scaler."""
+    return {"model": training.model.state_dict(), "scaler": training.scaler.state_dict(),
+            "optimizer": optimizer_state(training.optimizers)}
+
+
+def load_trainer(checkpoint, training):
+    """Load the state of the optimizers and of the scaler from a Checkpoint."""
+    path = checkpoint.folder / "trainer.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        load_optimizer_state(training.optimizers, state["optimizer"])
+        if state["scaler"]:
+            training.scaler.load_state_dict(state["scaler"])
+    except Exception as error:  # torch has many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be resumed ({reason})") from error
+
+
+def handle_signal(number, run, progress, signals, writer):
+    """End the process, or go on after a signal to save; the checkpoint is already saved."""
+    wait_for_checkpoint(writer, run.runtime)
+    line = f"{signal.Signals(number).name}: saved at iteration {progress.iter_num}"
+    if number not in signals.STOP:
+        run.runtime.print_main(line)
+        signals.saved()
+        return
+    run.runtime.print_main(f"{line}; {how_to_go_on(run, progress)}")
+    sys.exit(128 + number)
+
+
+def stop_for_data_error(error, run, progress, log, writer):
+    """Save a checkpoint, where there is something new to save, and raise the error."""
+    if progress.iter_num > progress.saved_at:
+        save(run, progress, log, writer)
+    wait_for_checkpoint(writer, run.runtime)
+    raise UserError(f"{error} (stopped at iteration {progress.iter_num}: "
+                    f"{how_to_go_on(run, progress)})") from error
+
+
+def wait_for_checkpoint(writer, runtime):
+    """Wait until the last checkpoint is written, on all processes: none leaves before."""
+    writer.wait()
+    runtime.all_max(0)
+
+
+def how_to_go_on(run, progress):
+    if progress.iter_num == 0:
+        return "nothing to save"
+    return f"go on with --init_from=resume --out_dir={run.run_dir}"

@@ -1,0 +1,261 @@
+"""From settings to what trains: the batch sizes, and a model that is wrapped, compiled and given
+its optimizers in the one order that works. train.py and bench.py both set up by it."""
+
+import math
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+from configurator import UserError
+from formats.checkpoint import Checkpoint, open_checkpoint
+from model import GPT, GPTConfig
+from runtime.cpu import use_fast_dropout
+from runtime.device import describe
+from runtime.kernels import compile_model, use_fp8
+from runtime.memory import (
+    available_memory,
+    checkpoint_activations,
+    estimate_memory,
+    fits_in_memory,
+)
+from runtime.processes import Runtime
+from runtime.seeds import seed_for
+from training.loss import LOGITS_AT_ONCE, chunk_losses
+from training.optim import adamw, muon_and_adamw
+from training.resume import MODEL_KEYS, is_gpt2_name
+from training.sequences import Mixture, parse_mix
+
+
+class BatchSizes(NamedTuple):
+    """How the sequences of an iteration are shared out."""
+    batch_size: int  # sequences of a micro-step, on each device
+    micro_steps: int  # of an iteration, on each device
+
+
+class Training(NamedTuple):
+    """What an update needs."""
+    model: torch.nn.Module  # the GPT itself
+    wrapped: torch.nn.Module  # the same, in DDP or FSDP2 and compiled, to be called
+    optimizers: list
+    peak_rates: list  # for each optimizer, the peak learning rate of each of its groups
+    scaler: torch.amp.GradScaler  # of float16's gradients; else it does nothing
+
+
+class Run(NamedTuple):
+    """All that the loop needs."""
+    c: SimpleNamespace  # the settings
+    requested: dict  # the same, as they were given: a checkpoint keeps these
+    runtime: Runtime
+    sizes: BatchSizes
+    tokens_per_iter: int
+    train_data: Mixture
+    val_data: Mixture
+    run_dir: Path
+    checkpoint: Checkpoint | None  # that the run resumes
+    tokenizer: object  # of the data and the model
+    training: Training
+
+
+def split_batch(c, world_size):
+    """Return the BatchSizes of one iteration.
+
+    total_batch_size gives the tokens of an iteration; where it is 0, gradient_accumulation_steps
+    gives its micro-steps over all devices. Raises UserError with the nearest number that divides.
+    """
+    unit = c.batch_size * c.block_size * world_size
+    total, steps = c.total_batch_size, c.gradient_accumulation_steps
+    # by tokens
+    if total:
+        if total % unit:
+            nearest = max(1, round(total / unit)) * unit
+            raise UserError(
+                f"total_batch_size={total:,} is not a multiple of batch_size * block_size * "
+                f"processes = {c.batch_size} * {c.block_size} * {world_size} = {unit:,}; the "
+                f"nearest is {nearest}")
+        return BatchSizes(c.batch_size, total // unit)
+    # by micro-steps
+    if steps % world_size:
+        nearest = max(1, round(steps / world_size)) * world_size
+        raise UserError(f"gradient_accumulation_steps={steps} is shared out over {world_size} "
+                        f"processes and must be a multiple of them; the nearest is {nearest}")
+    return BatchSizes(c.batch_size, steps // world_size)
+
+
+def model_config(c, vocab_size):
+    """Return the settings' GPTConfig. Raises UserError for sizes that do not fit together."""
+    try:
+        return GPTConfig(vocab_size=pad_vocab_size(vocab_size),
+                         **{key: getattr(c, key) for key in MODEL_KEYS})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def make_model(c, vocab_size, checkpoint):
+    """Return (the GPT that the run starts with, on the CPU; what its weights are from, or None).
+
+    checkpoint: the one that the run resumes, or None. vocab_size: the dataset's. Raises UserError
+    where the weights are of another size than the settings.
+    """
+    if c.init_from == "scratch":
+        generator = torch.Generator().manual_seed(seed_for(c.seed, "init"))
+        return GPT(model_config(c, vocab_size), generator), None
+    # OpenAI's weights, or a checkpoint's
+    if is_gpt2_name(c.init_from):
+        from formats.huggingface import load_gpt2
+
+        source, model = c.init_from, load_gpt2(c.init_from, c.dropout)
+    else:
+        if checkpoint is None:
+            checkpoint = open_checkpoint(c.init_from, "best")
+        source, model = checkpoint.folder, checkpoint.load_model(c.dropout)
+    # they must have the sizes of the settings, except that block_size may be cut
+    for key in MODEL_KEYS:
+        wanted, found = getattr(c, key), getattr(model.config, key)
+        can_be_cut = key == "block_size" and wanted < found and c.init_from != "resume"
+        if wanted != found and key != "dropout" and not can_be_cut:
+            raise UserError(f"{key}={wanted}, but {source} has {key}={found}; leave {key} out, or "
+                            "start from scratch")
+    if c.block_size < model.config.block_size:
+        model.crop_block_size(c.block_size)
+    return model, source
+
+
+def pad_vocab_size(vocab_size):
+    """Round a large vocabulary up to a multiple of 128, which matrix units multiply faster."""
+    if vocab_size < 1024:
+        return vocab_size
+    return math.ceil(vocab_size / 128) * 128
+
+
+def build_training(c, model, runtime):
+    """Return the Training of a GPT on the CPU. The order matters, and is this one: whatever changes
+    modules, then DDP or FSDP2, which register or shard the parameters as they are then; then the
+    compiler, which traces the result; last the optimizers, which need the final parameters."""
+    # change modules
+    if c.fp8:
+        use_fp8(model, runtime)
+    if c.activation_checkpointing:
+        checkpoint_activations(model)
+    chunk_losses(model)
+    # wrap and compile; a compiled graph draws its dropout inside its kernels
+    plain = runtime.wrap(model, c.fsdp)
+    wrapped = compile_model(plain, c.compile, runtime)
+    if wrapped is plain:
+        use_fast_dropout(model, runtime.device)
+    # make the optimizers
+    optimizers = make_optimizers(c, model, runtime.dtype)
+    peak_rates = [rates_of(optimizer) for optimizer in optimizers]
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    return Training(model, wrapped, optimizers, peak_rates, scaler)
+
+
+def rates_of(optimizer):
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def make_optimizers(c, model, dtype):
+    """Return the optimizers that the settings ask for; dtype: of matrix products."""
+    betas = (c.beta1, c.beta2)
+    if c.optimizer == "adamw":
+        return [adamw(model, c.learning_rate, c.weight_decay, betas)]
+    return muon_and_adamw(model, c.learning_rate, c.weight_decay, betas, c.muon_lr, c.embed_lr,
+                          dtype)
+
+
+def fit_memory(training, sizes, block_size, runtime):
+    """Return BatchSizes that fit: while a micro-step is too large for the memory of a process's
+    device, divide batch_size by its smallest factor, and do so many times more micro-steps. The
+    iterations stay the same. Raises UserError where one sequence is too much."""
+    # room for AdamW's state, which is made in the first update
+    state_bytes = 8 * sum(p.numel() for p in training.model.parameters())
+    if any(optimizer.state for optimizer in training.optimizers):
+        state_bytes = 0
+
+    while True:
+        micro_step = partial(try_micro_step, training, sizes.batch_size, block_size, runtime)
+        if fits_in_memory(runtime, micro_step, state_bytes):
+            return sizes
+        if sizes.batch_size == 1:
+            raise UserError(f"out of memory with batch_size=1, block_size={block_size}: lower "
+                            "block_size, n_layer or n_embd")
+        factor = min(n for n in range(2, sizes.batch_size + 1) if sizes.batch_size % n == 0)
+        smaller = BatchSizes(sizes.batch_size // factor, sizes.micro_steps * factor)
+        runtime.print_main(
+            f"out of memory with batch_size={sizes.batch_size}: going on with {smaller.batch_size},"
+            f" and {smaller.micro_steps} micro-steps instead of {sizes.micro_steps}: the same "
+            "iterations")
+        sizes = smaller
+
+
+def try_micro_step(training, batch_size, block_size, runtime):
+    """Do a forward and a backward pass, and forget the gradients."""
+    try:
+        tokens = torch.zeros(batch_size, block_size, dtype=torch.int64, device=runtime.device)
+        with runtime.accumulate(training.wrapped, last=False), runtime.autocast():
+            training.wrapped(tokens, tokens).sum().backward()
+    finally:
+        training.model.zero_grad()
+
+
+def describe_run(c, model, batch_size, train_data, tokens_per_iter, run_dir, runtime):
+    """Return the lines that say what will run."""
+    return [describe(runtime),
+            f"model: {model.parameter_count():,} parameters, vocabulary "
+            f"{model.config.vocab_size:,}",
+            memory_line(c, model, batch_size, runtime),
+            f"data: {train_data.name}, {train_data.tokens:,} tokens, {tokens_per_iter:,} per "
+            "iteration",
+            f"run: {run_dir}"]
+
+
+def memory_line(c, model, batch_size, runtime):
+    """Return one line with an estimate of what the run needs, and what there is. It refuses
+    nothing, because it is an estimate."""
+    estimate = estimate_memory(model, batch_size, runtime.dtype, c.activation_checkpointing,
+                               LOGITS_AT_ONCE)
+    state = estimate.state
+    if c.fsdp:
+        state /= runtime.world_size
+    needed, available = state + estimate.activations, available_memory(runtime.device)
+    line = (f"memory: about {needed / 1e9:.2f} GB ({state / 1e9:.2f} weights, gradients and "
+            f"optimizer, {estimate.activations / 1e9:.2f} activations)")
+    if available:
+        line += f" of {available / 1e9:.1f}"
+        if needed > available:
+            line += "; that is too little: lower batch_size, block_size or the model"
+    return line
+
+
+def check_combinations(c):
+    """Raise UserError for settings that do not work together."""
+    if c.fsdp and c.dtype == "float16":
+        raise UserError("fsdp=True with dtype='float16': the scaler of float16's gradients needs "
+                        "them whole; use --dtype=bfloat16 or float32")
+    if c.fsdp and c.fp8:
+        raise UserError("fsdp=True with fp8=True: not written yet; leave one of them out")
+
+
+def open_data(c):
+    """Return the training and the validation split of the dataset, or of the mix, verified."""
+    mix = parse_mix(c.mix, c.dataset)
+    splits = [Mixture(mix, split, c.block_size) for split in ("train", "val")]
+    for data in splits:
+        for reader in data.readers.values():
+            reader.verify()
+    return splits
+
+
+def follow_documents(c, train_data, model, tokenizer):
+    """Tell the training data and the model which token starts a document, where the settings want
+    it. Raises UserError where the tokenizer has none."""
+    for key, part in (("align_documents", train_data), ("mask_documents", model)):
+        if not getattr(c, key):
+            continue
+        if tokenizer.eot is None:
+            raise UserError(f"{key}=True: {c.mix or c.dataset} has no end-of-text token, its text "
+                            f"is one document; leave {key} out, or prepare several documents, or "
+                            "with --tokenizer=bytes")
+        part.document_start = tokenizer.eot
