@@ -199,4 +199,4 @@ def test_the_loss_in_chunks_is_measured_beside_two_others():
     chunked_loss = load_script("chunked_loss")
     for way in chunked_loss.WAYS:
         row = chunked_loss.measure(way, tokens=8, updates=2)
-        assert row["seconds"] > 0 and row["memory_mb"] > 0
+        assert row["seconds"] > 0 and row["memory_mb"] >= 0
