@@ -30,7 +30,7 @@ from training import log as run_log
 from training import setup as training_setup
 from training.loss import chunk_losses
 from training.optim import adamw, lr_at, set_learning_rates
-from training.resume import checkpoint_settings
+from training.resume import MODEL_KEYS, checkpoint_settings
 from training.sequences import Mixture, evenly_spaced_starts, parse_mix, training_starts
 from training.setup import BatchSizes, Training, build_training, model_config
 
@@ -124,6 +124,13 @@ def command_line(*argv):
 
 def as_flags(**settings):
     return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def test_the_model_s_defaults_stand_in_one_place_but_for_nanogpt_s_bias():
+    """train.py repeats GPTConfig's defaults for --help; nanoGPT's train.py has bias=False."""
+    defaults, model = configurator.keyword_defaults(train.main), GPTConfig()
+    different = [key for key in MODEL_KEYS if defaults[key] != getattr(model, key)]
+    assert different == ["bias"] and len(MODEL_KEYS) == 16
 
 
 # ---------------------------------------------------------------------- one iteration
