@@ -29,7 +29,13 @@ from runtime.processes import full_tensor, is_main_process, setup
 from runtime.seeds import seed_for
 from runtime.signals import Signals
 from text.tokenizer import check_same_tokenizer, load_tokenizer
-from training.batches import OTHER_PROCESS, BatchSource, DataError, tokens_and_targets
+from training.batches import (
+    OTHER_PROCESS,
+    BatchSource,
+    DataError,
+    read_evaluation_batch,
+    tokens_and_targets,
+)
 from training.log import Log, RunFolder, scores_text
 from training.optim import learning_rate_share, set_learning_rates
 from training.progress import Progress, handle_signal, load_trainer, save, stop_for_data_error
@@ -366,19 +372,6 @@ def evaluate(training, reader, sequences, batch_size, runtime):
                         "sequences of an evaluation; raise --eval_iters, or prepare the dataset "
                         "again")
     return loss / count
-
-
-def read_evaluation_batch(reader, starts, batch_size, config, runtime):
-    """Return (tokens, targets), each (batch_size, T): the sequences at `starts`, then padding
-    without targets, so that all batches have one shape, which is compiled once."""
-    padded = np.zeros(batch_size, np.int64)
-    padded[:len(starts)] = starts
-    length = config.block_size + 1
-    rows, mask = reader.rows(padded, length), reader.masks(padded, length)
-    tokens, targets = tokens_and_targets(rows, mask, config.vocab_size, reader.folder,
-                                         runtime)
-    targets[len(starts):] = IGNORE
-    return tokens, targets
 
 
 if __name__ == "__main__":
