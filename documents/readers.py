@@ -21,6 +21,9 @@ from configurator import UserError
 
 # How many bytes of a text file are read at a time
 CHUNK = 1 << 20
+# What messages call the values of a field
+JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list",
+              dict: "an object"}
 
 
 # ---------------------------------------------------------------------- a document of each kind
@@ -79,22 +82,24 @@ class DocumentReader:
             if not line.strip():
                 continue
 
-            # Check that the line is an object with a text in its column.
+            # Check that the line is an object with a text in its column; null is an empty text.
             where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error})") from error
+            row = parse_json(where, line)
             if not isinstance(row, dict):
                 raise UserError(f"{where}: no text in field {self.column!r}, for this is not a "
                                 f"JSON object but a {type(row).__name__}")
-            if not isinstance(row.get(self.column), str):
-                raise UserError(f"{where}: no text in field {self.column!r} (it has: "
-                                f"{', '.join(row)}); name the field with --text_column=")
+            if self.column not in row:
+                raise UserError(f"{where}: no field {self.column!r} (it has: {', '.join(row)}); "
+                                "name the one with the text with --text_column=")
+            text = row[self.column]
+            if text is None:
+                text = ""
+            if not isinstance(text, str):
+                raise UserError(f"{where}: field {self.column!r} holds {JSON_KINDS[type(text)]} "
+                                "and no text; name another field with --text_column=")
 
             # Lone surrogates, which JSON can hold and UTF-8 cannot, become question marks.
-            text = row[self.column].encode("utf-8", "replace").decode()
-            yield [text], self.extra(row)
+            yield [text.encode("utf-8", "replace").decode()], self.extra(row)
 
     def read_csv(self, path, file):
         # The csv module's own limit is 131,072 characters per field.
@@ -120,13 +125,19 @@ class DocumentReader:
                 extra = [name for name in self.extra_columns if name in names]
 
                 # Read a thousand rows at a time: the file may be larger than the memory.
+                number = 0
                 for batch in table.iter_batches(batch_size=1024, columns=[self.column, *extra]):
-                    texts = batch.column(self.column).cast(pa.large_string()).to_pylist()
+                    values = bytes_of_column(batch.column(self.column))
                     rows = batch.select(extra).to_pylist()
-                    for text, row in zip(texts, rows, strict=True):
-                        yield [text or ""], row
+                    for value, row in zip(values, rows, strict=True):
+                        number += 1
+                        text = self.decode(value or b"", f"{path}, row {number:,}")
+                        if text is not None:
+                            yield [text], row
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read as parquet ({error})") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 in {' or '.join(extra)} ({error})") from error
 
     def extra(self, row):
         """Return those of the extra columns that the row has."""
@@ -164,16 +175,43 @@ class DocumentReader:
                 # A byte order mark is no part of the text.
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
-                try:
-                    text = line.decode("utf-8", self.decode_errors)
-                except UnicodeDecodeError as error:
-                    # A line is a document, so only this one need be skipped.
-                    bad = BadText(f"{path}, line {number:,}, byte {error.start:,}: not UTF-8")
-                    if self.bad_text == "stop":
-                        raise bad from error
-                    warn_once(f"skipped: {bad.reason}")
-                    continue
-                yield number, text
+                # A line is a document, so only this one need be skipped.
+                text = self.decode(line, f"{path}, line {number:,}")
+                if text is not None:
+                    yield number, text
+
+    def decode(self, data, where):
+        """Return the text of one line or row, or None to skip it. Raises BadText."""
+        try:
+            return data.decode("utf-8", self.decode_errors)
+        except UnicodeDecodeError as error:
+            bad = BadText(f"{where}, byte {error.start:,}: not UTF-8")
+            if self.bad_text == "stop":
+                raise bad from error
+            warn_once(f"skipped: {bad.reason}")
+            return None
+
+
+# ---------------------------------------------------------------------- values
+
+
+def parse_json(where, line):
+    """Return what a line of JSON holds. Raises UserError for a line that cannot be read."""
+    try:
+        return json.loads(line)
+    # Beside what is wrong: numbers of thousands of digits, and brackets nested too deep for Python.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON that can be read ({error})") from error
+
+
+def bytes_of_column(column):
+    """Return the values of a column of a .parquet file as bytes: pyarrow checks no text in it."""
+    import pyarrow as pa
+
+    # Bytes stay as they are; the others, such as numbers, become text first.
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        column = column.cast(pa.large_string())
+    return column.cast(pa.large_binary()).to_pylist()
 
 
 # ---------------------------------------------------------------------- packed files, messages

@@ -5,16 +5,31 @@ from test_corpus import packed, read, write_jsonl, write_parquet
 
 from documents import readers
 from documents.corpus import Files
+from documents.readers import DocumentReader
+
+
+def write_bad_parquet(path, values, kind="parquet"):
+    """Write bytes as text, which pyarrow does not check, or as bytes."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = pa.array(values, pa.large_binary())
+    if kind == "parquet":
+        buffers = column.buffers()
+        column = pa.Array.from_buffers(pa.large_string(), len(values), buffers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": column}), path)
+    return path
 
 
 @pytest.mark.parametrize("bad_text, kept", [("skip", ["good one"]),
                                             ("replace", ["bad \ufffd one", "good one"])])
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet", "parquet of bytes"])
 def test_bad_text_is_skipped_or_replaced(tmp_path, capsys, kind, bad_text, kept):
     readers.warn_once.cache_clear()
     if kind == "txt":
         packed(tmp_path / "in/a.txt", b"bad \xff one")
         packed(tmp_path / "in/b.txt", b"good one")
+    elif "parquet" in kind:
+        write_bad_parquet(tmp_path / "in/x.parquet", [b"bad \xff one", b"good one"], kind)
     else:
         rows = {"jsonl": b'{"text": "bad \xff one"}\n{"text": "good one"}\n',
                 "csv": b"text\nbad \xff one\ngood one\n"}[kind]
@@ -65,3 +80,27 @@ def test_other_columns_come_with_the_text(tmp_path, kind):
     found = [(True, "a", rows[0]), (True, "b", rows[1])]
     assert list(Files([path], "text", "stop", extra_columns)) == found
     assert [row for *_, row in Files([path])] == [{}, {}]
+
+
+def test_bad_text_in_parquet_is_named_by_its_row(tmp_path):
+    path = write_bad_parquet(tmp_path / "x.parquet", [b"good"] * 1500 + [b"bad \xff one"])
+    with pytest.raises(ValueError, match=r"x\.parquet, row 1,501, byte 4: not UTF-8; leave it"):
+        read([path], "text")
+
+
+def test_null_is_an_empty_text(tmp_path):
+    paths = [write_jsonl(tmp_path / "x.jsonl", ["a", None, "b"]),
+             write_parquet(tmp_path / "x.parquet", ["a", None, "b"])]
+    for path in paths:
+        assert "".join(text for _, text in read([path], "text")) == "ab"
+        readings = DocumentReader("text", "stop", ()).read(path, path.open("rb"))
+        assert ["".join(texts) for texts, _ in readings] == ["a", "", "b"]
+
+
+def test_other_types_of_parquet_columns(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"numbers": pa.array([1, 2]), "names": pa.array(["a", "b"]).dictionary_encode(),
+               "bytes": pa.array([b"a", b"b"])}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    for column, texts in (("numbers", "12"), ("names", "ab"), ("bytes", "ab")):
+        assert "".join(text for _, text in read([tmp_path / "x.parquet"], column)) == texts
