@@ -64,8 +64,13 @@ def find_files(dataset, pattern, folder, suffixes):
         raise UserError(f"dataset={dataset!r}: not one of {', '.join([*BUILT_IN, *ON_THE_HUB])}; "
                         "for your own text add --input=PATH")
 
+    # The default dataset's name is not that of another text.
+    if dataset == "stdlib":
+        raise UserError(f"input={pattern!r}: also name the dataset that it becomes, such as "
+                        "--dataset=mine; stdlib is Python's own source")
+
     # A folder is searched for files of these suffixes; what is named by hand may have any suffix.
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))
     if path.is_dir():
         endings = tuple(suffixes.split())
         found = [p for p in path.rglob("*") if unpacked_name(p).endswith(endings)]

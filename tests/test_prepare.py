@@ -443,6 +443,14 @@ def test_bad_settings(tmp_path, do):
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_text_of_one_s_own_needs_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("formats.dataset.ROOT", tmp_path)
+    path = write(tmp_path / "x.txt", "some text")
+    with pytest.raises(UserError, match="x.txt': also name the dataset .* --dataset=mine; stdlib"):
+        prepare.main(input=str(path))
+    assert not (tmp_path / "data/stdlib").exists()
+
+
 MANY = some_texts(300)
 BAD = {  # what is in the input, and what is said of it; {path} is its path
     "missing": (lambda p: p / "x.txt", "input='{path}': no files there"),
