@@ -1,6 +1,6 @@
 """Which documents to keep: by a list of blocked domains, the language, and the rules of rules.py.
 
-    python prepare.py --input=pages.jsonl.gz --filters='gopher repetition c4 fineweb' --dedup=near
+    python prepare.py --input=pages.jsonl.gz --dataset=pages --filters='gopher c4' --dedup=near
 
 filter.py does the same for corpora past one machine. The order is: URL, language, gopher,
 repetition, c4, fineweb, pii, in whatever order the setting names them.

@@ -10,6 +10,7 @@ meta.json has "tokenizer", "vocab_size" and "splits": {"train": ..., "val": ...}
 the other, and waits for a file that has not landed. Ready-made token files have no meta.json.
 """
 
+import errno
 import os
 import sys
 import time
@@ -24,12 +25,26 @@ POLL, PATIENCE = 3, 1800
 
 
 def dataset_folder(dataset):
-    """Return the folder of a dataset: data/<dataset> in the repository, or the path that it is."""
+    """Return the folder of a dataset: data/<dataset> in the repository, or the path that it is.
+
+    Raises UserError for a name that no folder can have.
+    """
     if not dataset or dataset in (".", ".."):
         raise UserError(f"dataset={dataset!r}: give it a name, or a folder's path")
+    folder = ROOT / "data" / dataset
     if "/" in dataset or os.sep in dataset:
-        return Path(dataset).expanduser()
-    return ROOT / "data" / dataset
+        folder = Path(os.path.expanduser(dataset))
+
+    # Bytes that are no text, and letters without end, cannot be in a name.
+    try:
+        dataset.encode()
+        os.stat(folder)
+    except (ValueError, OSError) as error:
+        is_bad_name = isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG
+        if is_bad_name:
+            raise UserError(f"--dataset={dataset[:50]!r}: no folder can have this name, which is "
+                            "too long or has bytes that are no text; choose another") from error
+    return folder
 
 
 def read_dataset_meta(dataset):

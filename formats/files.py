@@ -15,7 +15,7 @@ def read_json(path):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged, it is not a JSON object ({error})") from error
 
 

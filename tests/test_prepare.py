@@ -436,7 +436,11 @@ def test_bad_settings(tmp_path, do):
             do(path, **settings)
         assert says in str(error.value)
     for dataset, says in (("mine", "dataset='mine': not one of stdlib, shakespeare_char"),
-                          ("", "give it a name")):
+                          ("", "give it a name"),
+                          ("n" * 300, f"--dataset='{'n' * 50}': no folder can have this name"),
+                          (f"{tmp_path}/{'n' * 300}", ": no folder can have this name"),
+                          ("\ud800", r"--dataset='\ud800': no folder can have this name"),
+                          ("\udcff", r"--dataset='\udcff': no folder can have this name")):
         with pytest.raises(ValueError) as error:
             prepare.main(dataset=dataset)
         assert says in str(error.value)
@@ -1124,6 +1128,9 @@ def test_show_of_one_text_of_others_and_of_nothing(tmp_path, do, ready, capsys, 
     prepare.main(dataset="fineweb", ready_made=True, max_tokens=60)
     prepare.main(dataset="fineweb", show=1)
     assert "train: 100 tokens, 2 file(s)" in capsys.readouterr().out
+    for count in (-1, 1001):
+        with pytest.raises(UserError, match=f"show={count}: must be at least 1 and at most 1000"):
+            prepare.main(dataset=str(folder), show=count)
     with pytest.raises(ValueError, match="no token files here; prepare them with python prep"):
         prepare.main(dataset=f"{tmp_path}/nowhere", show=1)
     assert not (tmp_path / "nowhere").exists()

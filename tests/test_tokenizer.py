@@ -124,6 +124,7 @@ def test_load_gives_what_save_wrote(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("text", [
+    pytest.param("[" * 100_000, id="nested"),
     "", "{", "[]", "{}", "\udcff", '{"kind": "words"}', '{"kind": "chars"}',
     '{"kind": "chars", "alphabet": 7, "documents": true}',
     '{"kind": "chars", "alphabet": ["ab"], "documents": true}',

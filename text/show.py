@@ -5,11 +5,12 @@ import json
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, check_settings
 from formats.shards import TokenReader
 
 # Tokens that are read at a time, and how many times for the most common tokens.
 WINDOW, WINDOWS = 4096, 256
+LIMITS = {"show": ">= 1, <= 1000"}
 # Tokens of a document that are shown, at most.
 SHOWN = 256
 # The terminal's codes for a background in blue, magenta, green and cyan.
@@ -19,6 +20,7 @@ BACKGROUNDS = (44, 45, 42, 46)
 def show_dataset(dataset, tokenizer, count, colour):
     """Print what a dataset holds, and `count` random documents with the boundaries of their tokens
     visible: by colour, or by |."""
+    check_settings({"show": count}, LIMITS)
     for split in ("train", "val"):
         show_sizes(TokenReader(dataset, split), split)
 
