@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
-from documents.readers import DocumentReader, check_column, unpacked_name
+from documents.readers import DocumentReader, check_column, unpacked_name, warn_once
 from formats.files import write_atomically
 from formats.ready_made import hub_errors
 
@@ -72,8 +72,7 @@ def find_files(dataset, pattern, folder, suffixes):
     # A folder is searched for files of these suffixes; what is named by hand may have any suffix.
     path = Path(os.path.expanduser(pattern))
     if path.is_dir():
-        endings = tuple(suffixes.split())
-        found = [p for p in path.rglob("*") if unpacked_name(p).endswith(endings)]
+        found = search_folder(path, tuple(parse_suffixes(suffixes)))
     elif path.is_file():
         found = [path]
     else:
@@ -82,6 +81,38 @@ def find_files(dataset, pattern, folder, suffixes):
     if not paths:
         raise UserError(f"input={pattern!r}: no files there; give a file, a glob in quotes, or a "
                         f"folder with {suffixes} (--suffixes= names others)")
+    if any(unpacked_name(path).endswith(".json") for path in paths):
+        warn_once(".json files are read as plain text, brackets and all; if each line is an "
+                  "object, name the file .jsonl")
+    return paths
+
+
+def parse_suffixes(suffixes):
+    """Return the endings that the text names, each with its dot and without .gz or .zst."""
+    endings = []
+    for suffix in suffixes.split():
+        ending = unpacked_name(Path(f".{suffix.removeprefix('.')}"))
+        if not re.fullmatch(r"\.[\w.+-]+", ending):
+            raise UserError(f"suffixes={suffixes!r}: {suffix!r} is no ending of a file's name; "
+                            "write them with spaces, as in --suffixes='.c .h'")
+        endings.append(ending)
+    return endings
+
+
+def search_folder(root, endings):
+    """Return the files below a folder that have one of the endings. Hidden ones (.git, .venv) are
+    left out, and folders that may not be read, with a warning."""
+    def warn(error):
+        warn_once(f"skipped: {error.filename}: {error.strerror}")
+
+    paths = []
+    for folder, subfolders, names in os.walk(root, onerror=warn):
+        # os.walk visits the subfolders that are left in its list.
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith(".") and unpacked_name(path).endswith(endings):
+                paths.append(path)
     return paths
 
 

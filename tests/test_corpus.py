@@ -10,8 +10,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's libraries are imported
 
+from configurator import UserError  # noqa: E402
 from documents import corpus, readers  # noqa: E402
-from documents.corpus import Files  # noqa: E402
+from documents.corpus import Files, find_files  # noqa: E402
 
 TRICKY = ("First\r\nline\r\n\r\n\r\nit's 3.14 -- don't!\n\n\n\n\n    indented = True  # 1,000\n\t"
           "tab \n  \n漢字かな、カナ。句点！これは空白のない文章です。 😀 👩\u200d👩 é e\u0301 ½"
@@ -143,6 +144,51 @@ def test_from_every_position_the_rest_follows(tmp_path, monkeypatch):
         files = Files(paths, "text", "skip")
         files.position = json.loads(json.dumps(position))
         assert [(starts, text) for starts, text, _ in files] == whole[done:]
+
+
+def test_what_is_hidden_in_a_folder_is_not_read(tmp_path):
+    root = tmp_path / ".home/texts"
+    seen = [write(root / "a.txt", "a"), write(root / "sub/b.TXT", "b"), write(root / "c.txt.gz", "")]
+    for name in (".git/x.txt", ".venv/lib/x.txt", "sub/.x.txt"):
+        write(root / name, "x")
+    assert find_files("mine", f"{root}", None, ".txt") == sorted(seen)
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, capsys):
+    readers.warn_once.cache_clear()
+    locked, scandir = write(tmp_path / "locked/x.txt", "x").parent, os.scandir
+
+    def refuse(path):
+        if Path(path) == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    path = write(tmp_path / "a.txt", "a")
+    assert find_files("mine", f"{tmp_path}", None, ".txt") == [path]
+    assert capsys.readouterr().err == f"skipped: {locked}: Permission denied\n"
+
+
+def test_suffixes(tmp_path):
+    for name in ("a.c", "b.h", "x.sh", "d.R", "e.cc", "f.c.gz"):
+        write(tmp_path / name, "text")
+    for suffixes, names in (("c h", "a.c b.h f.c.gz"), (".c .h", "a.c b.h f.c.gz"), ("R", "d.R"),
+                            (".c.gz", "a.c f.c.gz"), ("c++ sh", "x.sh")):
+        paths = find_files("mine", f"{tmp_path}", None, suffixes)
+        assert [path.name for path in paths] == names.split()
+    for wrong in (".c,.h", "*.c", "['.c']", ".gz", "."):
+        with pytest.raises(UserError, match="is no ending of a file's name; write them with spac"):
+            find_files("mine", f"{tmp_path}", None, wrong)
+
+
+def test_json_is_read_as_text_and_says_so(tmp_path, capsys):
+    readers.warn_once.cache_clear()
+    path = write(tmp_path / "x.json", '{"text": "a"}')
+    for pattern in (path, tmp_path):
+        assert read(find_files("mine", str(pattern), None, ".json")) == [(True, '{"text": "a"}')]
+    assert capsys.readouterr().err.startswith(".json files are read as plain text, brackets")
+    find_files("mine", str(write_jsonl(tmp_path / "x.jsonl", ["a"])), None, "")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_changed_corpus_has_another_fingerprint(tmp_path):
