@@ -15,6 +15,7 @@ import zlib
 from contextlib import contextmanager
 from functools import cache
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 
 from configurator import UserError
@@ -37,6 +38,14 @@ class BadText(UserError):
         self.reason = reason
 
 
+class DamagedFile(UserError):
+    """A packed file that cannot be unpacked to its end. reason: which, and what is wrong with it."""
+
+    def __init__(self, reason):
+        super().__init__(f"{reason}; fetch it again, or leave out the rest: --bad_text=skip")
+        self.reason = reason
+
+
 class DocumentReader:
     """Reads the documents of files of any of these kinds.
 
@@ -56,14 +65,12 @@ class DocumentReader:
         Raises UserError with the path and the position for what cannot be read.
         """
         # A file of any other suffix is plain text.
+        readers = {".jsonl": self.read_jsonl, ".csv": self.read_csv, ".parquet": self.read_parquet}
         suffix = Path(unpacked_name(path)).suffix
-        if suffix == ".jsonl":
-            return self.read_jsonl(path, file)
-        if suffix == ".csv":
-            return self.read_csv(path, file)
-        if suffix == ".parquet":
-            return self.read_parquet(path, file)
-        return self.read_text(path, file)
+        documents = readers.get(suffix, self.read_text)(path, file)
+        if self.bad_text == "skip":
+            return until_damage(documents)
+        return documents
 
     def read_text(self, path, file):
         if self.bad_text == "skip":
@@ -71,7 +78,7 @@ class DocumentReader:
             try:
                 for _ in self.decoded_chunks(path, file):
                     pass
-            except BadText as error:
+            except (BadText, DamagedFile) as error:
                 warn_once(f"skipped: {error.reason}")
                 return
             file.seek(0)
@@ -106,13 +113,18 @@ class DocumentReader:
         csv.field_size_limit(2**31 - 1)
 
         # A row may span several lines; csv asks for as many as it needs.
-        rows = csv.DictReader(line for _, line in self.decoded_lines(path, file))
+        lines = (line for _, line in self.decoded_lines(path, file))
+        header, first_line = next(lines, ""), 1
         try:
+            rows = csv.DictReader(chain([header], lines), strict=True,
+                                  delimiter=delimiter_of(header, self.column))
             check_column(path, self.column, rows.fieldnames or [])
             for row in rows:
                 yield [row[self.column] or ""], self.extra(row)
+                first_line = rows.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
+            raise UserError(f"{path}, line {first_line:,}: not CSV ({error}); a quote in this row "
+                            "is not closed, or not doubled") from error
 
     def read_parquet(self, path, file):
         import pyarrow as pa
@@ -204,6 +216,16 @@ def parse_json(where, line):
         raise UserError(f"{where}: not JSON that can be read ({error})") from error
 
 
+def delimiter_of(header, column):
+    """Return what separates the fields of a .csv file: a comma, unless the first line has the
+    column only between semicolons or tabs."""
+    for delimiter in (",", ";", "\t"):
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        if column in names:
+            return delimiter
+    return ","
+
+
 def bytes_of_column(column):
     """Return the values of a column of a .parquet file as bytes: pyarrow checks no text in it."""
     import pyarrow as pa
@@ -242,7 +264,15 @@ def naming_damage(path):
         # An error with a number is the system's, and no matter of the file's content.
         if isinstance(error, OSError) and error.errno:
             raise
-        raise UserError(f"{path}: damaged, or not what its name says ({error})") from error
+        raise DamagedFile(f"{path}: damaged, or not what its name says ({error})") from error
+
+
+def until_damage(documents):
+    """Yield the documents of a file, as far as it can be unpacked."""
+    try:
+        yield from documents
+    except DamagedFile as error:
+        warn_once(f"skipped the rest: {error.reason}")
 
 
 @cache

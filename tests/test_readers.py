@@ -1,8 +1,11 @@
 """documents.py: every kind of file, packed or not, and what is wrong with them."""
 
+import random
+
 import pytest
 from test_corpus import packed, read, write_jsonl, write_parquet
 
+from configurator import UserError
 from documents import readers
 from documents.corpus import Files
 from documents.readers import DocumentReader
@@ -104,3 +107,42 @@ def test_other_types_of_parquet_columns(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     for column, texts in (("numbers", "12"), ("names", "ab"), ("bytes", "ab")):
         assert "".join(text for _, text in read([tmp_path / "x.parquet"], column)) == texts
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_csv_s_header_shows_its_delimiter(tmp_path, delimiter):
+    lines = ["\ufeffid,'the text',text", "1,2,'a,b;c\td'", "3,4,e"]
+    lines = [line.replace(",", delimiter).replace("'", '"') for line in lines]
+    path = packed(tmp_path / "x.csv", "\r\n".join(lines).encode())
+    first = "a,b;c\td".replace(",", delimiter)
+    assert read([path], "text") == [(True, first), (True, "e")]
+    with pytest.raises(ValueError, match="no column 'body'"):
+        read([path], "body")
+
+
+@pytest.mark.parametrize("row, why", [(b'"an open one\n\nc\nd', "unexpected end of data"),
+                                      (b'"a" b"\nc\nd', "',' expected after")])
+def test_a_csv_with_an_open_quote_names_the_line(tmp_path, row, why):
+    path = packed(tmp_path / "x.csv", b'text\n"two\nlines"\ngood\n' + row)
+    with pytest.raises(ValueError, match=rf"x\.csv, line 5: not CSV .*{why}.*; a quote in this"):
+        read([path], "text")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_the_rest_of_a_damaged_file_is_skipped(tmp_path, capsys, kind):
+    readers.warn_once.cache_clear()
+    rng = random.Random(1)
+    texts = [f"{i} {rng.random()}" for i in range(5000)]
+    path, other = tmp_path / f"x.{kind}.gz", packed(tmp_path / "y.txt", b"good")
+    if kind == "jsonl":
+        write_jsonl(path, texts)
+    else:
+        packed(path, "\n".join(["text", *texts]).encode())
+    path.write_bytes(path.read_bytes()[:-9000])
+    found = [text for _, text in read([path, other], "text", "skip")]
+    assert found == [*texts[:len(found) - 1], "good"]
+    assert (len(found) > 1000) == (kind != "txt")
+    said = capsys.readouterr().err
+    assert said.startswith("skipped") and f"{path}: damaged" in said and said.count("\n") == 1
+    with pytest.raises(UserError, match="damaged, .*--bad_text=skip"):
+        read([path], "text")
