@@ -1,10 +1,12 @@
-"""Convert GPT-2's weights into a checkpoint, from which sample.py and train.py can start.
+"""Convert the weights of others into a checkpoint, from which sample.py and train.py can start.
 
     python convert.py --source=gpt2                       # OpenAI's weights, from Hugging Face
     python convert.py --source=FOLDER --out_dir=out/mine  # a GPT-2 that transformers has saved
+    python convert.py --source=out/ckpt.pt --dataset=shakespeare_char    # nanoGPT's checkpoint
 
-Reads config.json and model.safetensors; the tokenizer is always GPT-2's. Writes model.safetensors,
-tokenizer.json and meta.json, and prints the command that samples from them.
+The tokenizer is the folder's tokenizer.json, or GPT-2's where there is none. That of a ckpt.pt is
+its dataset's: the tokenizer.json that prepare.py wrote, or the characters in nanoGPT's meta.pkl.
+Writes model.safetensors, tokenizer.json and meta.json, and prints the command that samples.
 """
 
 import json
@@ -13,26 +15,40 @@ from pathlib import Path
 
 from configurator import UserError, run
 from formats.checkpoint import save_weights
+from formats.dataset import dataset_folder
 from formats.files import write_atomically
-from formats.huggingface import SIZES, load_gpt2
+from formats.huggingface import SIZES, VOCAB_SIZE, load_gpt2
+from formats.nanogpt import find_nanogpt, load_nanogpt, read_characters
 from text.tokenizer import Tokenizer, gpt2_spec
+
+PADDED_VOCABULARY = 50304  # of nanoGPT where the dataset has no meta.pkl, whatever its tokens are
 
 
 def main(
-    source="gpt2",  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the folder of a saved GPT-2
+    source="gpt2",  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a saved GPT-2's folder, or a ckpt.pt
+    dataset="",  # of a ckpt.pt: the dataset it was trained on; '': the one that it names
+    mlp="gelu_exact",  # of a ckpt.pt: its activation; gelu if nanoGPT was older than June 2023
     out_dir="",  # the checkpoint's folder; '': out/<source>
 ):
     # Where to write: never over the source.
+    nanogpt = find_nanogpt(source)
+    source_folder = Path(source)
+    if nanogpt:
+        source_folder = nanogpt.parent
     folder = Path(out_dir)
     if not out_dir:
-        folder = Path("out", Path(source).resolve().name)
-    if source not in SIZES and folder.resolve() == Path(source).resolve():
+        folder = Path("out", source_folder.resolve().name)
+    if source not in SIZES and folder.resolve() == source_folder.resolve():
         raise UserError(f"out_dir={out_dir!r} is the source, which would be overwritten; name "
                         "another folder")
 
     # Read everything before anything is written.
-    model = load_gpt2(source)
-    tokenizer = Tokenizer(gpt2_spec())
+    if nanogpt:
+        model, named = load_nanogpt(nanogpt, mlp)
+        tokenizer = nanogpt_tokenizer(nanogpt, model.config.vocab_size, dataset, named)
+    else:
+        model = load_gpt2(source)
+        tokenizer = Tokenizer(gpt2_spec())
 
     # Write the checkpoint. meta.json comes last, because without it nothing can be loaded.
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +58,38 @@ def main(
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     print(f"{folder}: {model.parameter_count():,} parameters; "
           f"sample from it with python sample.py --init_from={folder}")
+
+
+def nanogpt_tokenizer(path, vocab_size, dataset, named):
+    """Return the Tokenizer of nanoGPT's checkpoint at `path`.
+
+    dataset: what the user said; named: the dataset that the checkpoint names. Raises UserError
+    where neither has a tokenizer of this vocabulary.
+    """
+    # GPT-2's tokens, padded or not, unless the user knows better.
+    if not dataset and vocab_size in (VOCAB_SIZE, PADDED_VOCABULARY):
+        return Tokenizer(gpt2_spec())
+
+    # Look for the dataset: where the user says, or in nanoGPT's data/ beside the checkpoint's
+    # folder, or in ours.
+    folders = [dataset_folder(dataset or named or "NAME")]
+    if not dataset:
+        folders.insert(0, path.resolve().parent.parent / "data" / named)
+    remedy = f"python convert.py --source={path} --dataset=NAME, a prepared dataset's or a path"
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.load(folder)
+        elif (folder / "meta.pkl").is_file():
+            tokenizer = Tokenizer(read_characters(folder / "meta.pkl"))
+        else:
+            continue
+        is_padded = tokenizer.vocab_size < vocab_size == PADDED_VOCABULARY
+        if tokenizer.vocab_size != vocab_size and not is_padded:
+            raise UserError(f"{folder} has {tokenizer.vocab_size:,} tokens, {path} was trained "
+                            f"with {vocab_size:,}; name its dataset: {remedy}")
+        return tokenizer
+    raise UserError(f"{folders[-1]}: neither tokenizer.json nor meta.pkl here, so the tokenizer "
+                    f"of {path} ({vocab_size:,} tokens) is not known; name its dataset: {remedy}")
 
 
 if __name__ == "__main__":

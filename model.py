@@ -43,7 +43,7 @@ class GPTConfig:
     rope: bool = False  # rotary positions instead of learned ones (Su et al. 2021)
     rmsnorm: bool = False  # RMSNorm without weights (Zhang, Sennrich 2019), of the embedding too
     qk_norm: bool = False  # RMSNorm of queries and keys (Henry et al. 2020)
-    mlp: str = "gelu"  # or relu2 (So et al. 2021, Primer), or swiglu (Shazeer 2020)
+    mlp: str = "gelu"  # or gelu_exact, relu2 (So et al. 2021, Primer), swiglu (Shazeer 2020)
     tied: bool = True  # the head's matrix is the token embedding (Press, Wolf 2017)
     zero_init: bool = False  # each block starts as the identity: see GPT.init_weights
     softcap: float = 0.0  # logits stay within +-softcap (Gemma Team 2024, Gemma 2); 0: no limit
@@ -102,7 +102,7 @@ def swiglu(x):
     return F.silu(gate) * x  # (B, T, M)
 
 
-ACTIVATIONS = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}
+ACTIVATIONS = {"gelu": gelu, "gelu_exact": F.gelu, "relu2": relu2, "swiglu": swiglu}
 
 
 def make_norm(config):

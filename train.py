@@ -103,7 +103,7 @@ def main(
     rope=False,  # rotary positions instead of learned ones
     rmsnorm=False,  # RMSNorm without weights instead of LayerNorm
     qk_norm=False,  # RMSNorm of queries and keys
-    mlp="gelu",  # gelu, relu2 or swiglu
+    mlp="gelu",  # gelu, relu2, swiglu; or gelu_exact, as nanoGPT has it
     tied=True,  # the head's matrix is the token embedding
     zero_init=False,  # each block starts as the identity
     softcap=0.0,  # logits stay within +-softcap; 0: no limit

@@ -701,7 +701,7 @@ def test_crop_block_size():
     ({"dropout": math.nan}, "dropout=nan"),
     ({"softcap": -1.0}, "softcap=-1.0: must be at least 0"),
     ({"softcap": math.inf}, "softcap=inf: must be at least 0, and finite"),
-    ({"mlp": "relu"}, "mlp='relu': choose gelu, relu2, swiglu"),
+    ({"mlp": "relu"}, "mlp='relu': choose gelu, gelu_exact, relu2, swiglu"),
     ({"n_kv_head": 2}, "n_kv_head=2 does not divide n_head=3"),
     ({"n_kv_head": -1}, "n_kv_head=-1: must be a whole number and at least 0"),
     ({"rope": True}, "rope=True rotates pairs.* 7 must be even"),
