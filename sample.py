@@ -48,6 +48,8 @@ def main(
     compile="False",  # use torch.compile: True, False, or auto: where the device gains from it
 ):
     check_settings(locals(), LIMITS)
+    if sys.stdout is None:
+        raise UserError("standard output is closed: there is nowhere to print samples")
     # A terminal that lacks a character shows a question mark.
     sys.stdout.reconfigure(errors="replace")
     runtime = setup(device, dtype)
@@ -80,6 +82,8 @@ def main(
 
 def read_prompt(start):
     """Return the prompt: the text itself, a file's (FILE:path) or standard input's (-)."""
+    if start == "-" and sys.stdin is None:
+        raise UserError("start='-': standard input is closed; give the prompt itself, or FILE:path")
     try:
         if start == "-":
             return TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()

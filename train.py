@@ -28,6 +28,7 @@ from runtime.kernels import pick_attention
 from runtime.processes import full_tensor, is_main_process, setup
 from runtime.seeds import seed_for
 from runtime.signals import Signals
+from runtime.terminal import say
 from text.tokenizer import check_same_tokenizer, load_tokenizer
 from training.batches import (
     OTHER_PROCESS,
@@ -376,5 +377,5 @@ def evaluate(training, reader, sequences, batch_size, runtime):
 
 if __name__ == "__main__":
     if not configurator.has_config(sys.argv[1:]) and is_main_process():
-        print(f"no config file given: the settings are those of {SMALL_CONFIG}, below your own")
+        say(f"no config file given: the settings are those of {SMALL_CONFIG}, below your own")
     configurator.run(main, more_defaults=checkpoint_settings, default_config=SMALL_CONFIG)

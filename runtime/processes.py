@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from configurator import UserError
 from runtime.device import pick_device, pick_dtype, synchronize
+from runtime.terminal import say
 
 
 def launched_by_torchrun():
@@ -103,9 +104,9 @@ class Runtime:
         return torch.device("cpu")
 
     def print_main(self, *text, **kwargs):
-        """Print, on the main process only."""
+        """Print by `say`, on the main process only."""
         if self.is_main:
-            print(*text, flush=True, **kwargs)
+            say(*text, **kwargs)
 
     def autocast(self):
         """Return a context with matrix products in self.dtype; it does nothing for float32."""

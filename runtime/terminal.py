@@ -1,8 +1,32 @@
-"""What is shown on a terminal: colours or not, and how far a long job is."""
+"""What is shown on a terminal: lines, colours or not, and how far a long job is."""
 
 import os
 import sys
 import time
+
+
+def say(*text, **kwargs):
+    """Print on standard output, at once. Where it cannot be written (a pipe whose reader has ended,
+    a full disk), this text and all that is printed after it go to standard error."""
+    try:
+        print(*text, flush=True, **kwargs)
+    except OSError as error:
+        leave_standard_output(error.strerror)
+
+
+def leave_standard_output(reason):
+    """From here on, let what is printed go to standard error; or nowhere, where that is broken too.
+    What waits in the buffers follows, so that the end of the process finds nothing to flush."""
+    try:
+        print(f"standard output cannot be written ({reason}): what it shows follows here",
+              file=sys.stderr, flush=True)
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # a stream that was closed at the start is None
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                os.dup2(nowhere, stream.fileno())
 
 
 def use_colour(stream):

@@ -239,6 +239,39 @@ def test_a_signal_finishes_the_iteration_and_saves(tmp_path, dataset, monkeypatc
     assert same_end(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize("stdout, stderr, reason", [
+    ("pipe", None, "Broken pipe"), ("pipe", "pipe", None),
+    pytest.param("/dev/full", None, "No space left on device", marks=pytest.mark.skipif(
+        not os.path.exists("/dev/full"), reason="no /dev/full here"))])
+@in_float32
+def test_a_run_whose_output_breaks_goes_on_until_a_signal_and_saves(
+        tmp_path, dataset, monkeypatch, stdout, stderr, reason):
+    """As in `python train.py | tee log`, where Ctrl-C ends tee too."""
+    def unread(kind):
+        if kind == "/dev/full":
+            return os.open(kind, os.O_WRONLY)
+        reader, writer = os.pipe()
+        os.close(reader)
+        return writer
+
+    def child(rank):
+        for number, kind in ((1, stdout), (2, stderr)):
+            if kind:
+                os.dup2(unread(kind), number)
+        signalled(monkeypatch, (5, signal.SIGINT))
+        configurator.run(train.main, argv=as_flags(
+            **{**TINY, "out_dir": tmp_path / "run", "dataset": dataset, "dropout": 0.2}))
+
+    codes, said = in_processes(1, child)
+    assert codes == [130], said
+    if reason:
+        assert said[0].count(f"standard output cannot be written ({reason})") == 1
+        assert "SIGINT: saved at iteration 6; go on with" in said[0]
+        assert "Traceback" not in said[0]
+    assert (tmp_path / "run/latest").read_text() == "iter_000006\n"
+    assert [row["iter"] for row in rows_of(tmp_path / "run") if "loss" in row] == [*range(6)]
+
+
 def test_sigusr1_saves_and_goes_on(tmp_path, dataset, monkeypatch):
     do_run(tmp_path / "whole", dataset, keep_checkpoints=9)
     signalled(monkeypatch, (1, signal.SIGUSR1), (5, signal.SIGUSR1))

@@ -268,3 +268,15 @@ def test_a_prompt_beyond_the_vocabulary_ends_in_one_line_and_exit_code_2(run_dir
     place, error = done.stderr.decode().splitlines()
     assert place == str(run_dir / "iter_000002")
     assert error.startswith("error: the vocabulary of 11 characters lacks 'XY'")
+
+
+@pytest.mark.parametrize("command, says", [
+    ("{} sample.py --out_dir={} >&-", "standard output is closed"),
+    ("{} sample.py --out_dir={} --start=- <&-", "start='-': standard input is closed"),
+])
+@in_float32
+def test_a_closed_stream_is_one_line(run_dir, command, says):
+    done = subprocess.run(command.format(sys.executable, run_dir), shell=True, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {says}"), done.stderr
+    assert done.stderr.count("\n") == 1

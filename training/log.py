@@ -68,8 +68,8 @@ class RunFolder:
         while Path(f"{self.run_dir}.{number}").exists():
             number += 1
         os.replace(self.run_dir, f"{self.run_dir}.{number}")
-        print(f"{self.run_dir} held an earlier run, which is now {self.run_dir}.{number}",
-              flush=True)
+        self.runtime.print_main(
+            f"{self.run_dir} held an earlier run, which is now {self.run_dir}.{number}")
         self.lock()
 
     def rows_before_the_checkpoint(self):
