@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError, check_settings, run
-from documents.dedup import BAND_HASHES, BANDS, SHINGLE, text_of
+from documents.dedup import BAND_HASHES, BANDS, SHINGLE, split_words, text_of
 from documents.filters import check_filter_settings, judge_document, require_packages
 
 LIMITS = {"tasks": ">= 1", "workers": ">= 1"}
@@ -181,8 +181,8 @@ def make_dedup_stages(method, filtered, output, work, tasks):
         # A task for each band compares that band's; one more connects what they found.
         config = dedup.MinhashConfig(SHINGLE, BANDS, BAND_HASHES, hash_config=hashes)
         words = WhitespaceTokenizer()
-        # datatrove has simplified the text before; its own way to split it needs spacy.
-        words.word_tokenize = str.split
+        # datatrove's own way to split the text needs spacy.
+        words.word_tokenize = split_words
         sign = dedup.MinhashDedupSignature(signatures, config, words)
         buckets = dedup.MinhashDedupBuckets(signatures, copies, config=config)
         find = [Stage("copies", BANDS, 4, [buckets]),

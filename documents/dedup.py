@@ -15,6 +15,9 @@ import numpy as np
 
 WORD = re.compile(r"[^\W_]+")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
+# A letter of a script that is written without blanks: Thai, Lao, Burmese, Khmer, kana, Chinese
+SPACELESS = re.compile("(?!\\W)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
+                       "\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
 ACCENT = re.compile("[\u0300-\u036f]+")
 # Near copies share a band of their MinHash signature. With these sizes two documents that have 72%
 # of their shingles in common do so with probability 0.5.
@@ -57,6 +60,7 @@ def near_keys(text):
     text = NUMBER.sub("0", text.lower())
     if not text.isascii():
         text = ACCENT.sub("", unicodedata.normalize("NFD", text))
+        text = separate_letters(text)
 
     # Cut the words into overlapping shingles; a text shorter than one is a shingle as a whole.
     words = WORD.findall(text)
@@ -68,6 +72,17 @@ def near_keys(text):
     minhash.update(shingles)
     bands = np.array(minhash.digest(), "<u4").reshape(BANDS, BAND_HASHES)
     return np.array([hash64(bytes([i]) + bands[i].tobytes()) for i in range(BANDS)], np.uint64)
+
+
+def separate_letters(text):
+    """Return the text with blanks around each letter of a script without blanks, where a shingle
+    would else be five whole sentences."""
+    return SPACELESS.sub(r" \g<0> ", text)
+
+
+def split_words(text):
+    """Return what filter.py takes for the words of a text that datatrove has simplified."""
+    return separate_letters(text).split()
 
 
 def contains_any(sorted_keys, keys):

@@ -1,5 +1,6 @@
 """dedup.py: copies are found and different texts are not; the set of keys beside Python's own."""
 
+import hashlib
 import random
 
 import numpy as np
@@ -49,6 +50,36 @@ def test_near_copies_are_found_and_others_not(web):
     found = {share: np.mean([seen.add(near_keys(edited(text, share, rng))) for text in texts])
              for share in (0.01, 0.3)}
     assert found[0.01] > 0.97 and found[0.3] < 0.02  # 0.9 and 0.1 of the 5-grams are the same
+
+
+def test_the_keys_of_english_stay_as_they_are(web):
+    """Files of keys outlive this code: those of a preparation that goes on are read again."""
+    pytest.importorskip("rensa")
+    keys = b"".join(near_keys(text).tobytes() for text in web)
+    assert hashlib.sha256(keys).hexdigest() == (
+        "1654618884c25ed3c5efa241ccb2d452c910750b08f0b6d372cbb1e03d90ca46")
+
+
+SPACELESS = {  # letters or syllables, of which texts without blanks are made
+    "Chinese": [chr(i) for i in range(0x4e00, 0x5a00)],
+    "Japanese": [chr(i) for i in (*range(0x3041, 0x3097), *range(0x4e00, 0x5200))],
+    "Thai": [a + b for a in map(chr, range(0xe01, 0xe2f)) for b in ("", "\u0e32", "\u0e34\u0e48")]}
+
+
+@pytest.mark.parametrize("script", SPACELESS)
+def test_near_copies_in_scripts_without_blanks(script):
+    pytest.importorskip("rensa")
+    seen = KeySet(EMPTY)
+    for text, copy in text_and_copy(SPACELESS[script], 50):
+        assert not seen.add(near_keys(text)) and seen.add(near_keys(copy))
+
+
+def text_and_copy(letters, count):
+    """Yield random texts of these letters, each with a copy of which one in a hundred is changed"""
+    rng = random.Random(4)
+    for _ in range(count):
+        text = "\u3002".join("".join(rng.choices(letters, k=40)) for _ in range(30))
+        yield text, "".join(rng.choice(letters) if rng.random() < 0.01 else c for c in text)
 
 
 # ---------------------------------------------------------------------- the set of keys

@@ -4,12 +4,13 @@ import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from test_dedup import edited
+from test_dedup import SPACELESS, edited, text_and_copy
 from test_filters import ALL, NONE, ROOT, judge
 
 import filter
@@ -46,6 +47,15 @@ def test_pipeline_removes_near_copies(corpus, capsys):
     assert len(texts) > 20
     kept = int(do(corpus, capsys, dedup="near")[-1].split()[0])
     assert 54 <= kept <= 56
+
+
+def test_pipeline_removes_near_copies_in_chinese(corpus, capsys):
+    shutil.rmtree(corpus.folder / "in")
+    (corpus.folder / "in").mkdir()
+    with gzip.open(corpus.folder / "in/a.jsonl.gz", "wt", encoding="utf-8") as file:
+        for pair in text_and_copy(SPACELESS["Chinese"], 20):
+            file.writelines(json.dumps({"body": text}) + "\n" for text in pair)
+    assert do(corpus, capsys, dedup="near")[-1] == "20 of 40 documents kept"
 
 
 def do(corpus, capsys, output="out", **settings):
