@@ -18,7 +18,7 @@ from typing import NamedTuple
 from configurator import UserError
 from documents.readers import DocumentReader, check_column, unpacked_name, warn_once
 from formats.files import write_atomically
-from formats.ready_made import hub_errors
+from formats.ready_made import ask_hub, hub_errors
 
 PIECE = 1 << 20  # characters that are read and tokenized at a time
 # The built-in datasets, each with the tokenizer that it gets unless another is named
@@ -251,6 +251,7 @@ class Hub:
         with hub_errors(f"the dataset {name} on Hugging Face's hub"):
             from datasets import load_dataset
 
+            ask_hub(name, revision)
             stream = load_dataset(name, configuration, revision=revision, split="train",
                                   streaming=True)
             columns = stream.column_names or list(next(iter(stream)))

@@ -4,6 +4,7 @@
 and lists every file, so that training can start with the first file while others are on their way.
 """
 
+import sys
 from contextlib import contextmanager
 
 from configurator import UserError
@@ -60,7 +61,7 @@ def list_files(dataset, folder_name, max_tokens):
     with hub_errors(f"the list of {name}'s files"):
         from huggingface_hub import HfApi
 
-        commit = HfApi().dataset_info(name, revision=revision).sha
+        commit = ask_hub(name, revision).sha
         files = list(HfApi().list_repo_tree(name, repo_type="dataset", revision=commit))
 
     # Sort them into splits; take files for training until there are enough tokens.
@@ -80,6 +81,15 @@ def list_files(dataset, folder_name, max_tokens):
     return {"dataset": folder_name, "tokenizer": "gpt2", "vocab_size": 50257, "order": "by_file",
             "splits": splits,
             "ready_made": {"from": name, "commit": commit, "max_tokens": max_tokens}}
+
+
+def ask_hub(name, revision):
+    """Ask the hub about a dataset, once: offline, its libraries would try other questions again for
+    half a minute before they say so."""
+    from huggingface_hub import HfApi
+
+    print(f"asking Hugging Face's hub for {name}", file=sys.stderr, flush=True)
+    return HfApi().dataset_info(name, revision=revision, timeout=10)
 
 
 def download_file(origin, name, folder):

@@ -79,6 +79,7 @@ def on_hub(monkeypatch, folder, texts):
         return real("parquet", data_files=f"{folder}/*.parquet", split=split, streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(corpus, "ask_hub", lambda name, revision: None)
 
 
 # ---------------------------------------------------------------------- files
@@ -240,13 +241,18 @@ def test_a_column_that_the_hub_lacks(tmp_path, monkeypatch):
         hub("body")
 
 
-def test_the_hub_offline(monkeypatch):
+def test_the_hub_offline(monkeypatch, capsys):
+    """One question shows it. The datasets library would ask again for 25 seconds."""
     import datasets
+    import huggingface_hub
 
-    def load_dataset(*args, **settings):
+    def dataset_info(api, name, revision, timeout):
+        assert (name, revision) == corpus.ON_THE_HUB["fineweb"][::2] and timeout <= 10
+        assert "asking Hugging Face's hub for HuggingFaceFW/fineweb\n" in capsys.readouterr().err
         raise ConnectionError("Couldn't reach\nthe Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: pytest.fail("asked"))
     with pytest.raises(ValueError) as error:
         hub()
     assert str(error.value) == (

@@ -983,7 +983,7 @@ def ready(tmp_path, monkeypatch):
             self.path, self.size = path, 1024 + 100
 
     class HfApi:
-        def dataset_info(self, name, revision):
+        def dataset_info(self, name, revision, timeout):
             asked.append("list")
             assert (name, revision) == ready_made.READY_MADE["fineweb"]
             self.sha = "abc"
