@@ -305,8 +305,7 @@ def write_checkpoint(run_dir, tokenizer, keep, state, meta, is_best):
     folder = run_dir / f"iter_{meta['iter_num']:06d}"
     unfinished = folder.with_name(folder.name + ".tmp")
     replaced = folder.with_name(folder.name + ".old")
-    remedy = ("the checkpoints before it are as they were; make room, then go on with "
-              "--init_from=resume")
+    remedy = "go on with --init_from=resume: the checkpoints before it are as they were"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         with naming_write_errors(folder, remedy):

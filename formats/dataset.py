@@ -67,8 +67,10 @@ def read_dataset_meta(dataset):
     # Ready-made token files, or nothing.
     if not any(folder.glob("*train*.bin")):
         prepared = sorted(path.parent.name for path in folder.parent.glob("*/meta.json"))
-        raise UserError(f"{folder}: no token files here; prepare them with {command}; prepared "
-                        f"so far: {', '.join(prepared or ['nothing'])}")
+        others = ""
+        if prepared:
+            others = f"; prepared so far: {', '.join(prepared)}"
+        raise UserError(f"{folder}: no token files here; prepare them with {command}{others}")
     # nanoGPT's characters: the tokenizer is in the pickle, without which the files mean nothing.
     if (folder / "meta.pkl").exists():
         raise UserError(f"{folder} has nanoGPT's meta.pkl, and pickles can run code, so it is not "

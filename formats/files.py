@@ -1,12 +1,17 @@
 """Files on the disk: written whole or not at all, JSON, hashes, and a lock on a folder."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 from configurator import UserError
+
+# The system's errors for a disk, a quota or a limit on a file's size that is full
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_json(path):
@@ -64,13 +69,32 @@ def read_at(file, offset, size):
 
 
 @contextmanager
-def naming_write_errors(path, remedy="make room, then go on with --init_from=resume"):
-    """Name what could not be written: the error of a full disk does not say it itself."""
+def naming_write_errors(path, remedy="go on with --init_from=resume"):
+    """Name what could not be written, and what to do before the remedy: the system's error does not
+    say it, and those of safetensors and torch.save are classes of their own. A bug is not caught."""
     try:
         yield
-    except Exception as error:  # safetensors and torch.save have errors of their own
+    except Exception as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+        # safetensors writes the system's number into its text; torch.save hides it.
+        number = getattr(error, "errno", None)
+        in_text = re.search(r"os error (\d+)", reason)
+        if in_text:
+            number = int(in_text[1])
+
+        # What is the cause?
+        if not path.parent.is_dir():
+            reason, advice = "its folder has vanished", "put it back"
+        elif number in DISK_FULL:
+            advice = "make room"
+        elif re.search("inline_container|iostream", reason):
+            reason, advice = "torch.save failed", "make room, if the disk is full"
+        elif number is None:  # a bug
+            raise
+        else:
+            advice = "remove the cause"
+        raise UserError(f"{path}: cannot be written ({reason}); {advice}, then {remedy}") from error
 
 
 def flush_to_disk(path):

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from configurator import UserError
-from formats.files import lock_folder, read_json, write_atomically
+from formats.files import DISK_FULL, lock_folder, read_json, write_atomically
 from formats.shards import ShardWriter
 
 SPLITS = ("train", "val")
@@ -44,8 +44,11 @@ def lock_dataset(folder):
                 # Do it before the lock is released: afterwards the file may be another process's.
                 (folder / ".lock").unlink(missing_ok=True)
     except OSError as error:
-        # Say what to do about a full disk; the other errors of the system are clear.
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        # Say what to do where the folder was removed, or the disk is full; the other errors of the system are clear.
+        if error.errno == errno.ENOENT and not folder.exists():
+            raise UserError(f"{folder}: the folder has vanished; run the same command again, it "
+                            "starts over") from error
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(f"{folder}: {error.strerror}; make room and run the same command again, "
                         "it goes on") from error

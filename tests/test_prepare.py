@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -792,6 +793,18 @@ def test_a_full_disk(tmp_path, do, monkeypatch, kind):
         assert files_of(folder) == whole
 
 
+def test_a_folder_that_vanishes(tmp_path, do, monkeypatch):
+    path, save = write_jsonl(tmp_path / "x.jsonl", prose(90)), preparation.save_unfinished
+
+    def vanish(folder, unfinished):
+        shutil.rmtree(folder)
+        save(folder, unfinished)
+
+    monkeypatch.setattr(preparation, "save_unfinished", vanish)
+    with pytest.raises(UserError, match="data: the folder has vanished; run the same command ag"):
+        do(path)
+
+
 def test_a_full_disk_ends_in_one_line(tmp_path):
     resource = pytest.importorskip("resource")
     path = write_jsonl(tmp_path / "x.jsonl", prose(200))
@@ -1133,6 +1146,9 @@ def test_show_of_one_text_of_others_and_of_nothing(tmp_path, do, ready, capsys, 
             prepare.main(dataset=str(folder), show=count)
     with pytest.raises(ValueError, match="no token files here; prepare them with python prep"):
         prepare.main(dataset=f"{tmp_path}/nowhere", show=1)
+    with pytest.raises(ValueError) as error:
+        prepare.main(dataset=f"{tmp_path}/none_here/nowhere", show=1)
+    assert str(error.value).endswith("(your own text: with --input=PATH)")
     assert not (tmp_path / "nowhere").exists()
 
 
