@@ -39,7 +39,7 @@ class BadText(UserError):
 
 
 class DamagedFile(UserError):
-    """A packed file that cannot be unpacked to its end. reason: which, and what is wrong with it."""
+    """A packed file that cannot be unpacked to its end. reason: which, and what is wrong."""
 
     def __init__(self, reason):
         super().__init__(f"{reason}; fetch it again, or leave out the rest: --bad_text=skip")

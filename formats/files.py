@@ -71,7 +71,7 @@ def read_at(file, offset, size):
 @contextmanager
 def naming_write_errors(path, remedy="go on with --init_from=resume"):
     """Name what could not be written, and what to do before the remedy: the system's error does not
-    say it, and those of safetensors and torch.save are classes of their own. A bug is not caught."""
+    say it, and safetensors and torch.save have errors of their own. A bug is not caught."""
     try:
         yield
     except Exception as error:

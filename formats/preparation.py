@@ -44,7 +44,8 @@ def lock_dataset(folder):
                 # Do it before the lock is released: afterwards the file may be another process's.
                 (folder / ".lock").unlink(missing_ok=True)
     except OSError as error:
-        # Say what to do where the folder was removed, or the disk is full; the other errors of the system are clear.
+        # Say what to do where the folder was removed or the disk is full; the system's other
+        # errors are clear.
         if error.errno == errno.ENOENT and not folder.exists():
             raise UserError(f"{folder}: the folder has vanished; run the same command again, it "
                             "starts over") from error

@@ -149,7 +149,7 @@ def test_from_every_position_the_rest_follows(tmp_path, monkeypatch):
 
 def test_what_is_hidden_in_a_folder_is_not_read(tmp_path):
     root = tmp_path / ".home/texts"
-    seen = [write(root / "a.txt", "a"), write(root / "sub/b.TXT", "b"), write(root / "c.txt.gz", "")]
+    seen = [write(root / name, "text") for name in ("a.txt", "sub/b.TXT", "c.txt.gz")]
     for name in (".git/x.txt", ".venv/lib/x.txt", "sub/.x.txt"):
         write(root / name, "x")
     assert find_files("mine", f"{root}", None, ".txt") == sorted(seen)

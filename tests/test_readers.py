@@ -91,6 +91,15 @@ def test_bad_text_in_parquet_is_named_by_its_row(tmp_path):
         read([path], "text")
 
 
+def test_another_column_of_parquet_that_is_not_text_is_named(tmp_path):
+    path = write_bad_parquet(tmp_path / "x.parquet", [b"a", b"bad \xff url"])
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.rename_columns(["url"]).append_column("body", table["text"]), path)
+    with pytest.raises(UserError, match=r"x\.parquet: not UTF-8 in url \("):
+        list(Files([path], "body", "replace", ["url"]))
+
+
 def test_null_is_an_empty_text(tmp_path):
     paths = [write_jsonl(tmp_path / "x.jsonl", ["a", None, "b"]),
              write_parquet(tmp_path / "x.parquet", ["a", None, "b"])]
