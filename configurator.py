@@ -14,21 +14,16 @@ import operator
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
+from runtime.failures import line_for, under_debugger
 
-class Bound(NamedTuple):
-    holds: Callable  # of a value and a limit
-    words: str
-
-
+Bound = namedtuple("Bound", "holds words")  # a function of a value and a limit; what it is called
 BOUNDS = {">=": Bound(operator.ge, "at least"), ">": Bound(operator.gt, "above"),
           "<=": Bound(operator.le, "at most"), "<": Bound(operator.lt, "below")}
-
 
 class UserError(ValueError):
     """A mistake of the user's: a value, a file or a machine that does not fit. Its text names the
@@ -39,25 +34,20 @@ class UserError(ValueError):
 def run(main, base=None, more_defaults=None, argv=None, default_config=None):
     """Call `main` with the settings of the command line (argv; None: sys.argv).
 
-    A user's mistake (a UserError, or an OSError of the system such as a full disk) ends in one line
-    and exit code 2; any other exception is a bug, and ends in a traceback.
+    A user's mistake ends in one line and exit code 2. An exception of any other kind is a bug and
+    keeps its traceback; under a debugger all do.
     """
     if argv is None:
         argv = sys.argv[1:]
     try:
         main(**configure(main, argv, base, more_defaults, default_config))
-    except (KeyboardInterrupt, BrokenPipeError):  # stopped by Ctrl-C, or by `| head`
-        sys.exit(130)
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and not error.errno:
+    except (KeyboardInterrupt, Exception) as error:
+        line = str(error) if isinstance(error, UserError) else line_for(error)
+        if line is None or under_debugger():
             raise
-        end_with_error(str(error))
-    except (MemoryError, RuntimeError) as error:  # torch's two are RuntimeErrors
-        if not re.search("MemoryError|OutOfMemory|can't allocate", f"{type(error)} {error}"):
-            raise
-        reason = " ".join(str(error).split())[:100]
-        end_with_error("out of memory; lower batch_size, block_size or the size of the model "
-                       f"({reason})")
+        if not line:  # stopped by Ctrl-C, or by `| head`
+            sys.exit(130)
+        end_with_error(line)
 
 
 def end_with_error(message):

@@ -1,6 +1,5 @@
 """Files on the disk: written whole or not at all, JSON, hashes, and a lock on a folder."""
 
-import errno
 import hashlib
 import json
 import os
@@ -9,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configurator import UserError
-
-# The system's errors for a disk, a quota or a limit on a file's size that is full
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from runtime.failures import FULL_DISK
 
 
 def read_json(path):
@@ -42,17 +39,20 @@ def lock_folder(folder, busy):
     """Keep other processes out of a folder, which is made where it is missing, while entered.
 
     The operating system frees the lock when a process ends, however it ends. Raises UserError where
-    another process is in the folder; `busy` says what it does there and what to do about it.
+    the folder cannot be written, or another process is in it; `busy` says what that one does there
+    and what to do about it.
     """
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise UserError(f"{folder}: {busy}") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose a folder that "
+                        "can") from error
     try:
         yield
     finally:
@@ -86,7 +86,7 @@ def naming_write_errors(path, remedy="go on with --init_from=resume"):
         # What is the cause?
         if not path.parent.is_dir():
             reason, advice = "its folder has vanished", "put it back"
-        elif number in DISK_FULL:
+        elif number in FULL_DISK:
             advice = "make room"
         elif re.search("inline_container|iostream", reason):
             reason, advice = "torch.save failed", "make room, if the disk is full"

@@ -18,8 +18,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from configurator import UserError
-from formats.files import DISK_FULL, lock_folder, read_json, write_atomically
+from formats.files import lock_folder, read_json, write_atomically
 from formats.shards import ShardWriter
+from runtime.failures import FULL_DISK
 
 SPLITS = ("train", "val")
 # Tokens: more than any corpus has.
@@ -33,7 +34,8 @@ PREPARED_FILES = re.compile(r"(meta|tokenizer)\.json|removed\.jsonl|seen\.tmp"
 def lock_dataset(folder):
     """Keep other processes from preparing the same dataset. An empty folder does not stay behind.
 
-    Raises UserError where another process has it, and where the disk is full.
+    Raises UserError where another process has it, the disk is full, or a file cannot be read or
+    written.
     """
     try:
         with lock_folder(folder, "another process is preparing it; wait for that, or choose "
@@ -44,13 +46,15 @@ def lock_dataset(folder):
                 # Do it before the lock is released: afterwards the file may be another process's.
                 (folder / ".lock").unlink(missing_ok=True)
     except OSError as error:
-        # Say what to do where the folder was removed or the disk is full; the system's other
-        # errors are clear.
+        # The folder was removed meanwhile.
         if error.errno == errno.ENOENT and not folder.exists():
             raise UserError(f"{folder}: the folder has vanished; run the same command again, it "
                             "starts over") from error
-        if error.errno not in DISK_FULL:
+        # An error that names a file is of the text or of this folder; any other is a bug.
+        if error.errno not in FULL_DISK and error.filename is None:
             raise
+        if error.errno not in FULL_DISK:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
         raise UserError(f"{folder}: {error.strerror}; make room and run the same command again, "
                         "it goes on") from error
     finally:

@@ -12,21 +12,24 @@ def say(*text, **kwargs):
         print(*text, flush=True, **kwargs)
     except OSError as error:
         leave_standard_output(error.strerror)
+        print(*text, flush=True, **kwargs)
 
 
 def leave_standard_output(reason):
-    """From here on, let what is printed go to standard error; or nowhere, where that is broken too.
-    What waits in the buffers follows, so that the end of the process finds nothing to flush."""
+    """From here on, let what is printed go to standard error; or nowhere, where that is broken
+    too."""
+    # what waits in the buffer goes nowhere, so that the end of the process finds nothing to flush
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    sys.stdout.flush()
+    if sys.stderr is None:  # it was closed at the start
+        return
     try:
         print(f"standard output cannot be written ({reason}): what it shows follows here",
               file=sys.stderr, flush=True)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        sys.stdout.flush()
-    except (OSError, AttributeError):  # a stream that was closed at the start is None
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            if stream:
-                os.dup2(nowhere, stream.fileno())
+    except OSError:
+        os.dup2(nowhere, sys.stderr.fileno())
 
 
 def use_colour(stream):

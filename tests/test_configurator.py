@@ -14,7 +14,7 @@ import bench
 import prepare
 import sample
 import train
-from configurator import configure, run
+from configurator import UserError, configure, run
 
 ROOT = Path(train.__file__).parent
 
@@ -479,11 +479,11 @@ def test_a_user_s_mistake_is_one_line_and_exit_code_2(capsys, tmp_path):
     assert exit_code(capsys, main, ["--bias=maybe"]) == (
         2, "error: command line: bias=maybe: not True or False\n")
 
-    def refused():
-        open(tmp_path / "nowhere" / "file")
+    def full():
+        raise OSError(28, "No space left on device")
 
-    assert exit_code(capsys, refused) == (
-        2, f"error: [Errno 2] No such file or directory: '{tmp_path}/nowhere/file'\n")
+    assert exit_code(capsys, full) == (
+        2, "error: [Errno 28] No space left on device; make room\n")
 
     def two_lines():
         prepare.Tokenizer.load(tmp_path / "two\nlines")
@@ -500,6 +500,8 @@ def test_ctrl_c_is_quiet(capsys):
 
 
 @pytest.mark.parametrize("error", [TypeError("ours"), RuntimeError("ours"), AssertionError("ours"),
+                                   ValueError("ours"), FileNotFoundError(2, "ours", "file"),
+                                   BrokenPipeError(32, "another pipe than standard output"),
                                    OSError("no errno: a library's own")])
 def test_other_errors_are_raised(error):
     def broken():  # in a library's file
@@ -517,6 +519,19 @@ def test_a_library_s_value_error_is_raised():
         run(calls_a_library, argv=[])
 
 
+@pytest.mark.parametrize("error", [UserError("a mistake"), KeyboardInterrupt()])
+def test_a_debugger_sees_every_exception(error):
+    def mistaken():
+        raise error
+
+    sys.settrace(lambda *args: None)
+    try:
+        with pytest.raises(type(error)):
+            run(mistaken, argv=[])
+    finally:
+        sys.settrace(None)
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
@@ -530,6 +545,8 @@ def main(mistake=""):
         ast.literal_eval("1 + x")
     if mistake == "ours":
         raise TypeError("ours")
+    if mistake == "output":
+        print("line\\n" * 100_000)
 
 run(main)
 """
@@ -548,6 +565,14 @@ def test_exit_codes_of_a_process(tmp_path, mistake, code, ends):
     assert done.returncode == code
     assert ("Traceback" in done.stderr) == (code == 1)
     assert ends in done.stderr and (code == 1 or done.stderr == ends)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Windows has no head")
+def test_a_reader_of_the_output_may_leave(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
+    command = f"({sys.executable} {tmp_path / 'script.py'} --mistake=output; echo $? >&2) | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("line\n", "130\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege on Windows")

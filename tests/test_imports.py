@@ -12,7 +12,7 @@ SHARED = {"model", "configurator"}
 FOLDERS = {"runtime", "formats", "documents", "text", "training", "inference"}
 MAY_IMPORT = {  # of our own modules; "command" is every other file at the top
     "model": set(),
-    "configurator": set(),
+    "configurator": {"runtime"},
     "runtime": {"runtime", "configurator"},
     "formats": {"runtime", "formats"} | SHARED,
     "documents": {"formats", "documents", "configurator"},

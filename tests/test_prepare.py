@@ -529,7 +529,7 @@ def test_a_bad_file_among_many_leaves_the_old_dataset_alone(tmp_path, do):
 def test_a_file_that_may_not_be_read(tmp_path, do):
     path = write(tmp_path / "x.txt", "text")
     path.chmod(0)
-    with pytest.raises(PermissionError):
+    with pytest.raises(ValueError, match="x.txt: Permission denied"):
         do(path)
 
 

@@ -863,6 +863,20 @@ def test_a_user_s_mistake_is_one_line(tmp_path, dataset, capsys, flags, says):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("error", [ValueError("too many values"), FileNotFoundError(2, "mine")])
+@in_float32
+def test_a_tinkerer_s_own_mistake_keeps_its_traceback(tmp_path, dataset, monkeypatch, error):
+    def forward(self, tokens, targets):
+        raise error
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    for more in ({}, {"eval_only": True}):
+        settings = {**TINY, "out_dir": tmp_path / "run", "dataset": dataset, **more}
+        with pytest.raises(type(error)) as raised:
+            configurator.run(train.main, argv=as_flags(**settings))
+        assert raised.traceback[-1].name == "forward"
+
+
 @in_float32
 def test_a_folder_that_cannot_be_written(tmp_path, dataset, capsys):
     (tmp_path / "file").write_text("")

@@ -48,7 +48,8 @@ class RunFolder:
             kept = self.rows_before_the_checkpoint()
         elif (self.run_dir / "latest").is_file():
             self.move_earlier_run()
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        with naming_write_errors(self.path, "choose another --out_dir="):
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         # and the curve at Weights & Biases goes on
         if self.c.wandb_log:
             self.wandb_run = start_wandb(self.run_dir, self.c)

@@ -1,0 +1,44 @@
+"""Which exceptions are no bugs: those of the user's Ctrl-C, and of a machine that is full."""
+
+import errno
+import re
+import sys
+
+# The errors of a full disk, quota or limit on the size of a file
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def line_for(error):
+    """Return the line that tells the user of an exception: '' where none is needed, None where it
+    is a bug, whose traceback is needed."""
+    if isinstance(error, KeyboardInterrupt) or is_broken_output(error):
+        return ""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return f"{error}; make room"
+    # torch's own two are RuntimeErrors
+    if isinstance(error, (MemoryError, RuntimeError)) and re.search(
+            "MemoryError|OutOfMemory|can't allocate", f"{type(error)} {error}"):
+        reason = " ".join(str(error).split())[:100]
+        return f"out of memory; lower batch_size, block_size or the size of the model ({reason})"
+    return None
+
+
+def is_broken_output(error):
+    """Return whether an exception is of standard output whose reader has ended, as in `| head`,
+    and not of another pipe."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
+
+
+def under_debugger():
+    """Return whether a debugger watches this program, which then wants to see each exception."""
+    if sys.gettrace():
+        return True
+    # From Python 3.12 on there is another way for it to watch.
+    monitoring = getattr(sys, "monitoring", None)
+    return monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
