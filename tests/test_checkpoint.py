@@ -223,8 +223,9 @@ def signalled(monkeypatch, *moments):
     monkeypatch.setattr(train, "train_step", sends)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_iteration_and_saves(tmp_path, dataset, monkeypatch, capsys, number,
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_finishes_the_iteration_and_saves(tmp_path, dataset, monkeypatch, capfd, number,
                                                    code):
     do_run(tmp_path / "whole", dataset, dropout=0.2)
     before = signal.getsignal(number)
@@ -233,7 +234,9 @@ def test_a_signal_finishes_the_iteration_and_saves(tmp_path, dataset, monkeypatc
         do_run(tmp_path / "run", dataset, dropout=0.2)
     assert stopped.value.code == code and signal.getsignal(number) == before
     assert (tmp_path / "run/latest").read_text() == "iter_000006\n"
-    assert f"{signal.Signals(number).name}: saved at iteration 6; go on" in capsys.readouterr().out
+    output = capfd.readouterr()
+    assert f"{signal.Signals(number).name}: saved at iteration 6; go on" in output.out
+    assert "then saving; Ctrl-C once more ends at once\n" in output.err
     assert [row["iter"] for row in rows_of(tmp_path / "run") if "loss" in row] == [*range(6)]
     do_run(tmp_path / "run", dataset, dropout=0.2, init_from="auto")
     assert same_end(tmp_path / "whole", tmp_path / "run")
@@ -294,6 +297,21 @@ def test_a_second_signal_ends_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         signals.saved()
         assert signals.pending == signal.SIGTERM  # a signal to stop stays
+
+
+def test_a_terminal_may_hang_up_twice_and_not_at_all_under_nohup(capfd):
+    with Signals() as signals:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.pending == signal.SIGHUP
+    assert capfd.readouterr().err.startswith("SIGHUP: finishing the iteration or the evaluation")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.pending
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---------------------------------------------------------------------- numbers gone wrong
