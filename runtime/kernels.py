@@ -4,6 +4,7 @@ import atexit
 import math
 import os
 import statistics
+import sys
 import time
 import warnings
 from contextlib import ExitStack
@@ -37,6 +38,8 @@ def compile_model(model, choice, runtime):
     if choice == "auto" and not compiles_by_default(runtime.device):
         return model
 
+    # What prints here may be read by a program: this goes to standard error.
+    runtime.print_main("compiling: about a minute before the first result", file=sys.stderr)
     # Compile something tiny first: a missing compiler shows here and not in the first iteration.
     try:
         probe = torch.compile(lambda x: (x * x).sin() + 1)

@@ -41,6 +41,14 @@ def test_compile_auto_falls_back_with_one_line(monkeypatch, capsys):
     assert out.count("\n") == 1
 
 
+def test_compile_says_what_is_waited_for_before_it_starts(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(torch, "compile", lambda f: said.append(capsys.readouterr()) or f)
+    compile_model(torch.nn.Linear(2, 3), "True", CPU)
+    assert said[0].err == "compiling: about a minute before the first result\n"
+    assert not said[0].out + capsys.readouterr().err
+
+
 def test_compile_true_that_fails_is_an_error(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(ValueError, match="compile=True does not work here .*InvalidCxxCompiler"):
