@@ -61,9 +61,11 @@ def find_checkpoint(path, which="latest"):
     """Return the checkpoint folder that `path` names: itself; or, in a run's folder, the one that
     the file `latest` or `best` names. Raises UserError where there is none."""
     path = Path(path)
+    pointer = path / which
+    if not pointer.is_file():
+        refuse_others(path)
     if (path / "model.safetensors").is_file():
         return path
-    pointer = path / which
     if not pointer.is_file():
         raise UserError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
                         "another folder with --out_dir= or --init_from=")
@@ -71,6 +73,18 @@ def find_checkpoint(path, which="latest"):
     if name in ("", "..") or not (path / name).is_dir():
         raise UserError(f"{pointer} names {name!r}, which is not there")
     return path / name
+
+
+def refuse_others(path):
+    """Raise UserError, with the command that converts it, where `path` is, or is the folder of, a
+    checkpoint of nanoGPT's or of transformers'."""
+    convert = f"convert it: python convert.py --source={path}"
+    is_file = path.suffix == ".pt" and path.is_file()
+    if is_file or (path / "ckpt.pt").is_file():
+        raise UserError(f"{path}: this is nanoGPT's checkpoint; {convert} --dataset=NAME (the "
+                        "dataset that it was trained on)")
+    if (path / "config.json").is_file() and not (path / "meta.json").is_file():
+        raise UserError(f"{path}: this is a model that transformers has saved; {convert}")
 
 
 def open_checkpoint(path, which="latest"):

@@ -73,8 +73,12 @@ def read_dataset_meta(dataset):
         raise UserError(f"{folder}: no token files here; prepare them with {command}{others}")
     # nanoGPT's characters: the tokenizer is in the pickle, without which the files mean nothing.
     if (folder / "meta.pkl").exists():
+        text = folder / "input.txt"
+        if not text.is_file():
+            text = "PATH (its text)"
         raise UserError(f"{folder} has nanoGPT's meta.pkl, and pickles can run code, so it is not "
-                        f"read; prepare the text again with {command}")
+                        f"read; prepare the text again: python prepare.py --dataset={dataset} "
+                        f"--tokenizer=chars --overwrite=True --input={text}")
     return None
 
 

@@ -17,7 +17,7 @@ The tokenizer is always GPT-2's.
 from pathlib import Path
 
 from configurator import UserError
-from formats.checkpoint import model_with_weights
+from formats.checkpoint import model_with_weights, refuse_others
 from formats.files import read_json
 from model import GPTConfig
 
@@ -59,7 +59,9 @@ def load_gpt2(source, dropout=0.0):
     elif Path(source).is_dir():
         config_path = Path(source, "config.json")
         weights_path = Path(source, "model.safetensors")
+        refuse_other_weights(weights_path)
     else:
+        refuse_others(Path(source))
         raise UserError(f"{source}: neither a folder nor one of {', '.join(SIZES)}")
 
     # Padded vocabularies are larger, which does no harm.
@@ -81,6 +83,16 @@ def download(name, filename):
         raise UserError(
             f"{name} cannot be downloaded ({type(error).__name__}); go online once, or save it "
             "elsewhere and give its folder: python convert.py --source=FOLDER") from error
+
+
+def refuse_other_weights(path):
+    """Raise UserError where there is no model.safetensors but weights in files of another form."""
+    other_files = [*path.parent.glob("pytorch_model*"), *path.parent.glob("model*.safetensors*")]
+    if other_files and not path.is_file():
+        raise UserError(
+            f"{path}: is missing, the weights are in {min(other_files).name}; let transformers "
+            f"save them as one file: GPT2LMHeadModel.from_pretrained('{path.parent}')"
+            ".save_pretrained('NEW', max_shard_size='100GB')")
 
 
 def read_gpt2(config_path, weights_path, dropout=0.0):

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import convert
 import sample
+from configurator import UserError
 from formats import huggingface
 from formats.checkpoint import load_model
 from formats.files import read_json
 from text.tokenizer import Tokenizer, gpt2_spec
+from training.resume import checkpoint_settings
 
 transformers = pytest.importorskip("transformers")
 
@@ -134,6 +136,25 @@ def test_a_name_that_is_neither_published_nor_a_folder(tmp_path):
         huggingface.load_gpt2("gpt3")
     with pytest.raises(ValueError, match="init_from='gpt3': choose gpt2, gpt2-medium"):
         huggingface.gpt2_sizes("gpt3")
+
+
+@pytest.mark.parametrize(("renamed", "says"), [
+    ("pytorch_model.bin", "weights are in pytorch_model.bin; let transformers save .*as one file"),
+    ("model-00001-of-00002.safetensors", "weights are in model-00001-of-00002.safetensors; let")])
+def test_weights_in_other_files_get_a_hint(tmp_path, renamed, says):
+    save_with_transformers(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / renamed)
+    with pytest.raises(UserError, match=says):
+        huggingface.load_gpt2(str(tmp_path))
+
+
+def test_other_commands_say_how_to_convert(tmp_path):
+    save_with_transformers(tmp_path)
+    says = f"transformers has saved; convert it: python convert.py --source={tmp_path}"
+    with pytest.raises(UserError, match=says):
+        sample.main(init_from=str(tmp_path))
+    with pytest.raises(UserError, match=says):
+        checkpoint_settings({"init_from": str(tmp_path)})
 
 
 def test_another_vocabulary_is_refused(tmp_path, gpt2_tokenizer):

@@ -3,15 +3,21 @@
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import convert
+import prepare
 import sample
+import train
+from configurator import UserError, configure
 from formats.checkpoint import load_model
+from formats.dataset import read_dataset_meta
 from formats.nanogpt import load_nanogpt, read_characters
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
+from training.resume import checkpoint_settings
 
 B, T, C, H, LAYERS = 2, 5, 21, 3, 2
 ALPHABET = "\n abdeghiorw"
@@ -152,6 +158,29 @@ def test_gpt_2_s_vocabulary_needs_no_dataset(tmp_path, gpt2, monkeypatch):
     monkeypatch.setattr(convert, "gpt2_spec", lambda: gpt2.spec)
     for vocab_size in (50257, 50304):
         assert convert.nanogpt_tokenizer(tmp_path, vocab_size, "", "owt").spec == gpt2.spec
+
+
+@pytest.mark.parametrize("flags", [["--init_from=resume", "--out_dir=OUT"], ["--init_from=OUT"],
+                                   ["--init_from=OUT/ckpt.pt"]])
+def test_every_command_that_meets_one_names_the_command_that_converts_it(tmp_path, flags):
+    save_ckpt(tmp_path / "out")
+    flags = [flag.replace("OUT", f"{tmp_path}/out") for flag in flags]
+    says = f"out.*: this is nanoGPT's .*: python convert.py --source={tmp_path}/out.* --dataset="
+    with pytest.raises(UserError, match=says):
+        sample.main(**configure(sample.main, flags))
+    with pytest.raises(UserError, match=says):
+        configure(train.main, flags, more_defaults=checkpoint_settings)
+
+
+def test_the_advice_on_meta_pkl_works(tmp_path):
+    """Ids are the same as before: positions in the sorted characters."""
+    save_meta(tmp_path)
+    np.array([5, 1, 2], np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "input.txt").write_text(ALPHABET * 30)
+    with pytest.raises(UserError) as refused:
+        read_dataset_meta(f"{tmp_path}")
+    prepare.main(**configure(prepare.main, str(refused.value).split("prepare.py ")[1].split()))
+    assert load_tokenizer(f"{tmp_path}").spec == read_characters(tmp_path / "meta.pkl")
 
 
 @pytest.mark.parametrize("dataset, says", [

@@ -171,8 +171,11 @@ def test_nanogpt_s_headerless_files_are_read(tmp_path):
     assert all_tokens(TokenReader(f"{tmp_path}", "train")) == [*range(3, 903)]
     assert all_tokens(TokenReader(f"{tmp_path}", "val")) == [5, 50256]
     (tmp_path / "meta.pkl").write_bytes(b"")
-    with pytest.raises(ValueError, match="meta.pkl, and pickles can run code.*prepare.py"):
-        TokenReader(f"{tmp_path}", "train")
+    for text in ("PATH", f"{tmp_path}/input.txt"):
+        command = f"python prepare.py --dataset={tmp_path} --tokenizer=chars --overwrite=True"
+        with pytest.raises(ValueError, match=f"meta.pkl, and pickles.*: {command} --input={text}"):
+            TokenReader(f"{tmp_path}", "train")
+        (tmp_path / "input.txt").write_text("ab")
 
 
 def test_a_dataset_without_validation_names_its_file(ready_made):
