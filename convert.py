@@ -19,7 +19,9 @@ from formats.dataset import dataset_folder
 from formats.files import write_atomically
 from formats.huggingface import SIZES, VOCAB_SIZE, load_gpt2
 from formats.nanogpt import find_nanogpt, load_nanogpt, read_characters
+from text.bpe import read_spec
 from text.tokenizer import Tokenizer, gpt2_spec
+from text.tokenizer_json import GPT2_PATTERN
 
 PADDED_VOCABULARY = 50304  # of nanoGPT where the dataset has no meta.pkl, whatever its tokens are
 
@@ -48,7 +50,7 @@ def main(
         tokenizer = nanogpt_tokenizer(nanogpt, model.config.vocab_size, dataset, named)
     else:
         model = load_gpt2(source)
-        tokenizer = Tokenizer(gpt2_spec())
+        tokenizer = folder_tokenizer(source, model.config.vocab_size)
 
     # Write the checkpoint. meta.json comes last, because without it nothing can be loaded.
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,29 @@ def main(
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     print(f"{folder}: {model.parameter_count():,} parameters; "
           f"sample from it with python sample.py --init_from={folder}")
+
+
+def folder_tokenizer(source, vocab_size):
+    """Return the Tokenizer of a folder that transformers has saved; GPT-2's where it has none.
+    Raises UserError where it cannot be used, or has more tokens than the model."""
+    # The folder's own. If it is GPT-2's it is called so, as datasets do that are prepared with it.
+    path = Path(source, "tokenizer.json")
+    if source not in SIZES and path.is_file():
+        spec = read_spec(path)
+        if spec["pattern"] == GPT2_PATTERN and len(spec["tokens"]) == VOCAB_SIZE - 1:
+            gpt2 = gpt2_spec()
+            if spec["tokens"] == gpt2["tokens"]:
+                spec = {**gpt2, "special_tokens": spec["special_tokens"]}
+        tokenizer = Tokenizer(spec)
+    else:
+        path = "GPT-2's tokenizer"
+        tokenizer = Tokenizer(gpt2_spec())
+
+    # Padded vocabularies are larger, which does no harm.
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"{path}: {tokenizer.vocab_size:,} tokens, and the model in {source} has "
+                        f"{vocab_size:,}; put the model's own tokenizer.json into its folder")
+    return tokenizer
 
 
 def nanogpt_tokenizer(path, vocab_size, dataset, named):

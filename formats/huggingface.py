@@ -10,8 +10,6 @@ transformers itself is not needed. Its GPT-2 and ours name their tensors alike
 - Matrices in TRANSPOSED belong to OpenAI's Conv1D, (in, out); those of our nn.Linear are (out, in).
 - Tensors in DERIVED are not weights of their own: the head is the token embedding, attn.bias and
   attn.masked_bias are the causal mask.
-
-The tokenizer is always GPT-2's.
 """
 
 from pathlib import Path
@@ -51,7 +49,7 @@ def gpt2_sizes(name):
 
 def load_gpt2(source, dropout=0.0):
     """Return the GPT of one of OpenAI's four models, by name, or of a folder that transformers has
-    saved. Raises UserError where there is none, or not a GPT-2 with GPT-2's vocabulary."""
+    saved. Raises UserError where there is none, or not a GPT-2."""
     # Find the two files.
     if source in SIZES:
         config_path = download(source, "config.json")
@@ -63,13 +61,7 @@ def load_gpt2(source, dropout=0.0):
     else:
         refuse_others(Path(source))
         raise UserError(f"{source}: neither a folder nor one of {', '.join(SIZES)}")
-
-    # Padded vocabularies are larger, which does no harm.
-    model = read_gpt2(config_path, weights_path, dropout)
-    if model.config.vocab_size < VOCAB_SIZE:
-        raise UserError(f"{source}: a vocabulary of {model.config.vocab_size:,} tokens is not "
-                        f"GPT-2's {VOCAB_SIZE:,}; choose a model with GPT-2's tokenizer")
-    return model
+    return read_gpt2(config_path, weights_path, dropout)
 
 
 def download(name, filename):

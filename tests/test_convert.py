@@ -17,8 +17,10 @@ from formats import huggingface
 from formats.checkpoint import load_model
 from formats.files import read_json
 from text.tokenizer import Tokenizer, gpt2_spec
+from text.tokenizer_json import GPT2_PATTERN
 from training.resume import checkpoint_settings
 
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parent.parent
@@ -157,10 +159,48 @@ def test_other_commands_say_how_to_convert(tmp_path):
         checkpoint_settings({"init_from": str(tmp_path)})
 
 
-def test_another_vocabulary_is_refused(tmp_path, gpt2_tokenizer):
+def save_tokenizer(folder, vocab_size, lowercase=False):
+    """Save a tokenizer of this many tokens, as transformers does; return it."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["the cat that sat there"], trainer)
+    if lowercase:
+        tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.save(f"{folder}/tokenizer.json")
+    return tokenizer
+
+
+def test_the_folder_s_own_tokenizer_is_used(tmp_path):
+    save_with_transformers(tmp_path / "theirs", vocab_size=263)
+    theirs = save_tokenizer(tmp_path / "theirs", 262)
+    convert.main(source=f"{tmp_path}/theirs", out_dir=f"{tmp_path}/mine")
+    ours = Tokenizer.load(tmp_path / "mine")
+    assert ours.vocab_size == 262
+    assert ours.encode("that cat").tolist() == theirs.encode("that cat").ids
+
+
+def test_gpt_2_s_tokenizer_json_is_gpt_2_s(tmp_path, gpt2_tokenizer, monkeypatch):
+    """So that a dataset which was prepared with --tokenizer=gpt2 has the checkpoint's."""
+    spec = {**gpt2_tokenizer.spec, "kind": "bpe", "pattern": GPT2_PATTERN}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(convert, "read_spec", lambda path: spec)
+    assert convert.folder_tokenizer(str(tmp_path), 50257).spec == gpt2_tokenizer.spec
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path, gpt2_tokenizer):
     save_with_transformers(tmp_path)
-    with pytest.raises(ValueError, match="a vocabulary of 11 tokens is not GPT-2's 50,257"):
-        huggingface.load_gpt2(str(tmp_path))
+    with pytest.raises(UserError, match="GPT-2's tokenizer: 50,257 tokens, and the model .* has 1"):
+        convert.main(source=str(tmp_path), out_dir=f"{tmp_path}/mine")
+    save_tokenizer(tmp_path, 262)
+    with pytest.raises(UserError, match="tokenizer.json: 262 tokens, and the model in .* has 11"):
+        convert.main(source=str(tmp_path), out_dir=f"{tmp_path}/mine")
+    save_tokenizer(tmp_path, 262, lowercase=True)
+    with pytest.raises(UserError, match=r"tokenizer.json: its normalizer \(Lowercase\) changes"):
+        convert.main(source=str(tmp_path), out_dir=f"{tmp_path}/mine")
+    assert not (tmp_path / "mine").exists()
 
 
 def test_the_source_is_not_overwritten(tmp_path, monkeypatch):
