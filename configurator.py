@@ -3,27 +3,29 @@
     python train.py config/train_gpt2.py --batch_size=32     # left to right: the last one wins
     python train.py --help                                   # every key, its default, its comment
 
-A config file is plain Python that assigns some of those names and sees the values set so far. Names
-that begin with an underscore, and imported modules and functions, stay its own.
+A config file is plain Python that assigns some of those names and sees the values set so far. Other
+names, modules, functions and classes stay its own; a name that looks misspelt is an error.
 """
 
 import difflib
 import inspect
 import math
 import operator
+import os
 import re
 import runpy
 import sys
-from collections import namedtuple
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from runtime.failures import line_for, under_debugger
 
-Bound = namedtuple("Bound", "holds words")  # a function of a value and a limit; what it is called
-BOUNDS = {">=": Bound(operator.ge, "at least"), ">": Bound(operator.gt, "above"),
-          "<=": Bound(operator.le, "at most"), "<": Bound(operator.lt, "below")}
+# what check_settings' bounds mean
+HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+WORDS = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
+
 
 class UserError(ValueError):
     """A mistake of the user's: a value, a file or a machine that does not fit. Its text names the
@@ -105,35 +107,45 @@ def overlay(argv, settings):
         # what it sets
         for key, value in given.items():
             if key not in settings:
-                raise UserError(f"{source}: unknown key {key!r}; {hint_for(key, settings)}")
+                nearest = difflib.get_close_matches(key, settings, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else "--help lists the keys"
+                raise UserError(f"{source}: unknown key {key!r}; {hint}")
             settings[key] = as_type_of(settings[key], value, f"{source}: {key}={value}")
     return settings
 
 
-def hint_for(key, settings):
-    """Return what to do about an unknown key."""
-    nearest = difflib.get_close_matches(key, settings, n=1)
-    if nearest:
-        return f"did you mean {nearest[0]!r}?"
-    return "--help lists the keys"
-
-
 def read_config(path, settings):
-    """Run a config file with the settings so far in view; return the values it assigns."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file (flags are written --key=value)")
+    """Run a config file with the settings so far in view; return the values it assigns. Names that
+    resemble no setting stay its own, which a line on standard error says."""
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise UserError(f"{path}: no such config file, ending in .py (flags are written "
+                        f"--key=value; a text for prepare.py --input={path})")
     try:
+        used_names = compile(Path(path).read_bytes(), path, "exec").co_names
         names = runpy.run_path(path, init_globals=settings)
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     assigned = {}
     for key, value in names.items():
+        if isinstance(value, os.PathLike) or type(value).__name__ == "device":  # torch.device
+            value = str(value)
         # what it got from us and left alone, and what is its own
         is_unchanged = key in settings and settings[key] is value
         is_private = key.startswith("_") or callable(value) or isinstance(value, ModuleType)
         if not is_unchanged and not is_private:
             assigned[key] = value
-    return assigned
+    own_names = [key for key in assigned
+                 if not difflib.get_close_matches(key, settings, cutoff=0.8)]
+    if len(own_names) == len(assigned) and not settings.keys() & set(used_names):
+        raise UserError(f"{path}: assigns no setting; --help lists the keys")
+    if own_names:
+        note(f"{path}: no settings, so they stay its own: {', '.join(own_names)}")
+    return {key: value for key, value in assigned.items() if key not in own_names}
+
+
+@cache  # a config may run twice
+def note(text):
+    print(text, file=sys.stderr, flush=True)
 
 
 def as_type_of(example, value, given):
@@ -170,18 +182,15 @@ def check_settings(settings, limits):
             continue
         # one or two bounds
         bounds = [bound.split() for bound in rule.split(", ")]
-        if not all(BOUNDS[sign].holds(value, float(limit)) for sign, limit in bounds):
-            wanted = " and ".join(f"{BOUNDS[sign].words} {limit}" for sign, limit in bounds)
+        if not all(HOLDS[sign](value, float(limit)) for sign, limit in bounds):
+            wanted = " and ".join(f"{WORDS[sign]} {limit}" for sign, limit in bounds)
             raise UserError(f"{key}={value}: must be {wanted}")
 
 
 def help_text(main, base=None):
     """Return the script's docstring, then each key with its default and its comment."""
     lines = [inspect.getmodule(main).__doc__.strip()]
-    functions = [main]
-    if base:
-        functions.append(base)
-    for function in functions:
+    for function in filter(None, (main, base)):
         signature = inspect.getsource(function).split("\n):")[0]
         for line in signature.splitlines():
             # a key with its comment, or the heading of a group of keys

@@ -13,6 +13,7 @@ import fnmatch
 import json
 import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from configurator import UserError, keyword_defaults, read_config, run  # noqa: E402
+from configurator import UserError, keyword_defaults, run  # noqa: E402
 from formats.dataset import read_dataset_meta  # noqa: E402
 
 # 1,024 tokens per iteration; the validation loss is that of 120 * 8 * 128 = 122,880 tokens.
@@ -49,7 +50,9 @@ GPT2 = dict(bias=True, rope=False, rmsnorm=False, qk_norm=False, mlp="gelu", tie
             zero_init=False, softcap=0.0, value_embeds=False, residual_scalars=False,
             optimizer="adamw", weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0,
             warmup_iters=ITERS // 10, schedule="cosine")
-RECIPE = read_config(str(ROOT / "config/modern.py"), SIZES["large"])
+MODERN = runpy.run_path(str(ROOT / "config/modern.py"), SIZES["large"])
+RECIPE = {key: value for key, value in MODERN.items()
+          if not key.startswith("_") and key not in SIZES["large"]}
 
 # What the ablation exchanges between the two: single settings, or the whole optimizer.
 OPTIMIZER = ("optimizer", "learning_rate", "muon_lr", "embed_lr", "weight_decay", "beta1", "beta2",

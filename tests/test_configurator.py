@@ -212,6 +212,48 @@ batch_size = double(_half(8)) + math.ceil(2.5)
     assert configure(main, [path]) == {**DEFAULTS, "batch_size": 15}
 
 
+def test_a_config_s_helpers_stay_its_own_and_are_named_once(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    config("hidden = 7\nbatch_size = 3\n", "shared_by_configs.py")
+    path = config("""
+from shared_by_configs import *
+base, sizes = 32, [2, 3]
+for i in sizes:
+    base *= i
+class Sizes: width = 5
+learning_rate = base / Sizes.width
+""")
+    settings = configure(main, [path], more_defaults=lambda settings: {"start": "a"})
+    assert settings == {**DEFAULTS, "batch_size": 3, "learning_rate": 38.4, "start": "a"}
+    says = f"{path}: no settings, so they stay its own: hidden, base, sizes, i\n"
+    assert capsys.readouterr().err == says
+
+
+def test_paths_and_devices_are_text(config):
+    path = config("""
+import torch
+from pathlib import Path
+out_dir = Path("a") / "b"
+compile = torch.device("cpu", 1)
+""")
+    assert changed([path]) == {"out_dir": "a/b", "compile": "cpu:1"}
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "mine.json", "mine.yaml", "mine"])
+def test_a_config_that_is_not_python_is_refused(config, name):
+    path = config("batch_size: 5", name)
+    with pytest.raises(UserError, match=f"{path}: no such config file, ending in .py.*--input="):
+        configure(main, [path])
+
+
+@pytest.mark.parametrize("text", ["", "batch_size: 5", '{"batch_size": 5}', "base = 5",
+                                  "import os"])
+def test_a_config_that_assigns_nothing_is_refused(config, text):
+    with pytest.raises(UserError, match="config.py: assigns no setting; --help lists the keys"):
+        configure(main, [config(text)])
+    assert configure(main, [config("batch_size = 12")]) == DEFAULTS  # a default is something
+
+
 # ---------------------------------------------------------------------- nanoGPT's config files
 
 
