@@ -239,8 +239,10 @@ def train_loop(run, progress, log, signals, writer):
             log.evaluation(iter_num, scores)
 
         # 2. Save: after an evaluation, or because a signal asks for it.
-        save_scores = scores and (is_best or is_last or c.always_save_checkpoint)
-        if (save_scores and iter_num > 0) or (signal_number and iter_num > progress.saved_at):
+        worth_saving = is_best or is_last or c.always_save_checkpoint
+        after_evaluation = scores and iter_num > 0 and worth_saving
+        for_signal = signal_number and iter_num > progress.saved_at
+        if after_evaluation or for_signal:
             save(run, progress, log, writer, scores, is_best)
 
         # 3. Stop: at the end, or because a signal asks for it.
