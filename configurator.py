@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from runtime.failures import line_for, under_debugger
+from runtime.failures import line_for, shorten, under_debugger
 
 # what check_settings' bounds mean
 HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -110,7 +110,7 @@ def overlay(argv, settings):
                 nearest = difflib.get_close_matches(key, settings, n=1)
                 hint = f"did you mean {nearest[0]!r}?" if nearest else "--help lists the keys"
                 raise UserError(f"{source}: unknown key {key!r}; {hint}")
-            settings[key] = as_type_of(settings[key], value, f"{source}: {key}={value}")
+            settings[key] = as_type_of(settings[key], value, f"{source}: {key}={shorten(value)}")
     return settings
 
 
@@ -169,7 +169,8 @@ def check_settings(settings, limits):
     """Raise UserError for the first setting that is outside its limits.
 
     limits: {key: rule}. A rule is a tuple of the values to choose from, or text with one or two
-    bounds: ">= 1", or "> 0, <= 1". Keys that `settings` lacks are skipped.
+    bounds: ">= 1", or "> 0, <= 1"; a whole number is below 1e15 too. Keys that `settings` lacks are
+    skipped.
     """
     for key, rule in limits.items():
         value = settings.get(key)
@@ -178,9 +179,12 @@ def check_settings(settings, limits):
         # values to choose from
         if isinstance(rule, tuple):
             if value not in rule:
-                raise UserError(f"{key}={value!r}: choose {', '.join(map(repr, rule))}")
+                choices = ", ".join(map(repr, rule))
+                raise UserError(f"{key}={shorten(repr(value))}: choose {choices}")
             continue
-        # one or two bounds
+        # bounds
+        if isinstance(value, int) and value >= 10**15:
+            raise UserError(f"{key}={shorten(value)}: must be below 1e15")
         bounds = [bound.split() for bound in rule.split(", ")]
         if not all(HOLDS[sign](value, float(limit)) for sign, limit in bounds):
             wanted = " and ".join(f"{WORDS[sign]} {limit}" for sign, limit in bounds)

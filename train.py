@@ -46,6 +46,7 @@ from training.setup import (
     Run,
     build_training,
     check_combinations,
+    check_memory,
     describe_run,
     fit_memory,
     follow_documents,
@@ -61,6 +62,7 @@ LIMITS = {
     **dict.fromkeys(("max_iters", "max_tokens", "max_minutes", "total_batch_size", "learning_rate",
                      "min_lr", "weight_decay", "grad_clip", "warmup_iters", "muon_lr", "embed_lr",
                      "lr_decay_iters"), ">= 0"),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "n_kv_head"), "<= 1000000"),
     "decay_share": "> 0, <= 1", "beta1": ">= 0, < 1", "beta2": ">= 0, < 1",
     "optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"),
 }
@@ -171,6 +173,7 @@ def set_up(c):
         if not c.eval_only:
             notices += check_resumed(checkpoint, c, tokens_per_iter, train_data.shards)
     tokenizer = load_tokenizer(*parse_mix(c.mix, c.dataset))
+    check_memory(c, tokenizer.vocab_size, sizes.batch_size, runtime)
     model, source = make_model(c, tokenizer.vocab_size, checkpoint)
     if source:
         check_same_tokenizer(tokenizer, source, c.mix or c.dataset)

@@ -1,4 +1,4 @@
-"""Which exceptions are no bugs: those of the user's Ctrl-C, and of a machine that is full."""
+"""What an error says, and which exceptions are no bugs: Ctrl-C, `| head`, a full machine."""
 
 import errno
 import re
@@ -21,6 +21,14 @@ def line_for(error):
         reason = " ".join(str(error).split())[:100]
         return f"out of memory; lower batch_size, block_size or the size of the model ({reason})"
     return None
+
+
+def shorten(value):
+    """Return a value as text that fits into an error's line."""
+    text = str(value)
+    if len(text) > 60:
+        return text[:57] + "..."
+    return text
 
 
 def is_broken_output(error):

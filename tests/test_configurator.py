@@ -135,11 +135,12 @@ def test_a_config_s_value_takes_its_default_s_type(config, line, value):
 def test_a_value_of_another_type_is_refused(config, key, text, wanted):
     with pytest.raises(ValueError) as error:
         configure(main, [f"--{key}={text}"])
-    assert str(error.value) == f"command line: {key}={text}: not {wanted}"
+    quoted = text if len(text) <= 60 else text[:57] + "..."
+    assert str(error.value) == f"command line: {key}={quoted}: not {wanted}"
     path = config(f"{key} = {text!r}")
     with pytest.raises(ValueError) as error:
         configure(main, [path])
-    assert str(error.value) == f"{path}: {key}={text}: not {wanted}"
+    assert str(error.value) == f"{path}: {key}={quoted}: not {wanted}"
 
 
 @pytest.mark.parametrize("line", [

@@ -834,6 +834,13 @@ def test_documents_are_followed_as_the_settings_say(tmp_path, documents, capsys)
     (["--block_size=5000"], "block_size=5000 needs 5,001 tokens"),
     (["--total_batch_size=80"], "the nearest is 78"),
     (["--batch_size=0"], "batch_size=0: must be at least 1"),
+    (["--batch_size=1e308"], "...: must be below 1e15"),
+    (["--max_iters=1e30"], "max_iters=1000000000000000019884624838656: must be below 1e15"),
+    (["--n_embd=1e308"], "...: must be below 1e15"),
+    (["--n_embd=1e9"], "n_embd=1000000000: must be at most 1000000"),
+    ([f"--n_layer={5000 * '1'}"], f"n_layer={57 * '1'}...: not a whole number"),
+    (["--batch_size=1e8"], " GB of memory, and cpu has "),
+    (["--batch_size=1e8"], ": lower batch_size=100000000, block_size=13, n_layer=2 or n_embd=21"),
     (["--learning_rate=-1"], "learning_rate=-1.0: must be at least 0"),
     (["--beta2=1.5"], "beta2=1.5: must be at least 0 and below 1"),
     (["--mix=a:0.7,b"], "mix='a:0.7,b': 'b' is not a dataset and its share above 0; write"),
@@ -860,6 +867,7 @@ def test_a_user_s_mistake_is_one_line(tmp_path, dataset, capsys, flags, says):
     assert command_line(*as_flags(**settings), *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert len(error) < 500
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
-from formats.checkpoint import Checkpoint, open_checkpoint
+from formats.checkpoint import Checkpoint, empty_model, open_checkpoint
 from model import GPT, GPTConfig
 from runtime.cpu import use_fast_dropout
 from runtime.device import describe
@@ -27,6 +27,9 @@ from training.loss import LOGITS_AT_ONCE, chunk_losses
 from training.optim import adamw, muon_and_adamw
 from training.resume import MODEL_KEYS, is_gpt2_name
 from training.sequences import Mixture, parse_mix
+
+# An estimate of the memory that is so many times what there is cannot be right by chance.
+TOO_MANY_TIMES = 4
 
 
 class BatchSizes(NamedTuple):
@@ -212,21 +215,42 @@ def describe_run(c, model, batch_size, train_data, tokens_per_iter, run_dir, run
 
 
 def memory_line(c, model, batch_size, runtime):
-    """Return one line with an estimate of what the run needs, and what there is. It refuses
-    nothing, because it is an estimate."""
-    estimate = estimate_memory(model, batch_size, runtime.dtype, c.activation_checkpointing,
-                               LOGITS_AT_ONCE)
-    state = estimate.state
-    if c.fsdp:
-        state /= runtime.world_size
-    needed, available = state + estimate.activations, available_memory(runtime.device)
+    """Return one line with an estimate of what the run needs, and what there is."""
+    state, activations = memory_needed(c, model, batch_size, runtime)
+    needed, available = state + activations, available_memory(runtime.device)
     line = (f"memory: about {needed / 1e9:.2f} GB ({state / 1e9:.2f} weights, gradients and "
-            f"optimizer, {estimate.activations / 1e9:.2f} activations)")
+            f"optimizer, {activations / 1e9:.2f} activations)")
     if available:
         line += f" of {available / 1e9:.1f}"
         if needed > available:
             line += "; that is too little: lower batch_size, block_size or the model"
     return line
+
+
+def memory_needed(c, model, batch_size, runtime):
+    """Return the MemoryEstimate of one process."""
+    estimate = estimate_memory(model, batch_size, runtime.dtype, c.activation_checkpointing,
+                               LOGITS_AT_ONCE)
+    if c.fsdp:
+        return estimate._replace(state=estimate.state / runtime.world_size)
+    return estimate
+
+
+def check_memory(c, vocab_size, batch_size, runtime):
+    """Raise UserError, before a model is made, where training needs so many times the memory that
+    there is that no error of the estimate explains it: the system would end it without a word."""
+    available = available_memory(runtime.device)
+    if c.eval_only or not available:
+        return
+    if runtime.is_cuda and not c.fsdp:
+        batch_size = 1  # fit_memory divides it
+    model = empty_model(model_config(c, vocab_size))
+    needed = sum(memory_needed(c, model, batch_size, runtime))
+    if needed > TOO_MANY_TIMES * available:
+        raise UserError(
+            f"training needs about {needed / 1e9:,.0f} GB of memory, and {runtime.device} has "
+            f"{available / 1e9:,.1f}: lower batch_size={batch_size}, block_size={c.block_size}, "
+            f"n_layer={c.n_layer} or n_embd={c.n_embd}")
 
 
 def check_combinations(c):
