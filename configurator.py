@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from runtime.failures import line_for, shorten, under_debugger
+from runtime.failures import is_told_elsewhere, line_for, shorten, under_debugger
 
 # what check_settings' bounds mean
 HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -47,6 +47,8 @@ def run(main, base=None, more_defaults=None, argv=None, default_config=None):
         line = str(error) if isinstance(error, UserError) else line_for(error)
         if line is None or under_debugger():
             raise
+        if isinstance(error, UserError) and is_told_elsewhere(error):
+            sys.exit(2)
         if not line:  # stopped by Ctrl-C, or by `| head`
             sys.exit(130)
         end_with_error(line)

@@ -5,6 +5,7 @@ import re
 import torch
 
 from configurator import UserError
+from runtime.failures import of_one_process
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,8 +47,9 @@ def pick_device(name, local_rank=None):
             index = local_rank
         count = torch.cuda.device_count()
         if not 0 <= index < count:
-            raise UserError(f"device={name!r}, GPU {index}: torch sees {count} CUDA devices here; "
-                            "use --device=auto, or as many processes as there are GPUs")
+            raise of_one_process(UserError(
+                f"device={name!r}, GPU {index}: torch sees {count} CUDA devices here; use "
+                "--device=auto, or as many processes as there are GPUs"))
         return torch.device("cuda", index)
 
     # Others: torch knows many names, so try whether there is such a device. "meta" is none.

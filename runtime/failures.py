@@ -1,6 +1,7 @@
 """What an error says, and which exceptions are no bugs: Ctrl-C, `| head`, a full machine."""
 
 import errno
+import os
 import re
 import sys
 
@@ -21,6 +22,19 @@ def line_for(error):
         reason = " ".join(str(error).split())[:100]
         return f"out of memory; lower batch_size, block_size or the size of the model ({reason})"
     return None
+
+
+def of_one_process(error):
+    """Mark a user's mistake as one that this process alone may have found; return it."""
+    error.is_of_one_process = True
+    return error
+
+
+def is_told_elsewhere(error):
+    """Return whether another process on this machine tells the user of a mistake. All of them find
+    the same one, unless it is marked; other machines may have other files."""
+    is_marked = getattr(error, "is_of_one_process", False)
+    return os.environ.get("LOCAL_RANK", "0") != "0" and not is_marked
 
 
 def shorten(value):

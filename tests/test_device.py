@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import configurator
 from runtime.device import describe, peak_flops, pick_device, pick_dtype
 from runtime.processes import Runtime
 
@@ -38,6 +39,15 @@ def test_a_cuda_device_has_its_number(two_gpus):
         pick_device("auto", local_rank=3)
     with pytest.raises(ValueError, match="device='cuda:200'"):
         pick_device("cuda:200")
+
+
+def test_of_several_processes_each_tells_of_its_own_gpu_only(two_gpus, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for device, told in (("cuda", 1), ("gpu", 0)):
+        with pytest.raises(SystemExit) as stopped:
+            configurator.run(lambda name=device: pick_device(name, local_rank=3), argv=[])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("error: device='cuda', GPU 3") == told
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "cuda:x", "cuda:-1", "cpu:0:1"])

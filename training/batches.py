@@ -4,6 +4,7 @@ import numpy as np
 
 from configurator import UserError
 from model import IGNORE
+from runtime.failures import of_one_process
 
 OTHER_PROCESS = "another process could not read its data"
 
@@ -11,6 +12,11 @@ OTHER_PROCESS = "another process could not read its data"
 class DataError(UserError):
     """Token files that cannot be read, by this process or by another. All processes raise it
     together, and a checkpoint is saved before the run ends."""
+
+    def __init__(self, reason):
+        super().__init__(reason)
+        if OTHER_PROCESS not in str(reason):
+            of_one_process(self)
 
 
 class BatchSource:

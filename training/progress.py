@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from configurator import UserError
+from training.batches import DataError
 from training.optim import load_optimizer_state, optimizer_state
 
 
@@ -75,7 +76,7 @@ def stop_for_data_error(error, run, progress, log, writer):
     if progress.iter_num > progress.saved_at:
         save(run, progress, log, writer)
     wait_for_checkpoint(writer, run.runtime)
-    raise UserError(f"{error} (stopped at iteration {progress.iter_num}: "
+    raise DataError(f"{error} (stopped at iteration {progress.iter_num}: "
                     f"{how_to_go_on(run, progress)})") from error
 
 
