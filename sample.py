@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, check_settings, run
-from formats.checkpoint import find_checkpoint, load_model
+from formats.checkpoint import load_model, read_named
 from formats.huggingface import load_gpt2
 from inference.generate import Sampling, cast_weights, generate
 from runtime.cpu import tune_cpu
@@ -107,7 +107,10 @@ def load_model_and_tokenizer(init_from, out_dir, checkpoint):
         folder = init_from
     else:
         return load_gpt2(init_from), Tokenizer(gpt2_spec())
-    folder = find_checkpoint(folder, checkpoint)
+    return read_named(folder, checkpoint, load_folder)
+
+
+def load_folder(folder):
     print(folder, file=sys.stderr)
     return load_model(folder), Tokenizer.load(folder)
 

@@ -69,7 +69,11 @@ def find_checkpoint(path, which="latest"):
     if not pointer.is_file():
         raise UserError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
                         "another folder with --out_dir= or --init_from=")
-    name = Path(pointer.read_text("utf-8", "replace").strip()).name  # never outside of the run
+    text = pointer.read_text("utf-8", "replace").strip()
+    if "\n" in text:
+        raise UserError(f"{pointer} is damaged: it names more than one checkpoint; name one of "
+                        f"{path}/iter_* yourself")
+    name = Path(text).name  # never outside of the run
     if name in ("", "..") or not (path / name).is_dir():
         raise UserError(f"{pointer} names {name!r}, which is not there")
     return path / name
@@ -90,10 +94,32 @@ def refuse_others(path):
 def open_checkpoint(path, which="latest"):
     """Return the Checkpoint that `path` names (see find_checkpoint). Raises UserError where a file
     is missing or is not the one that was saved."""
+    return read_named(path, which, read_verified)
+
+
+def read_named(path, which, read):
+    """Return read(folder) of the checkpoint folder that `path` names (see find_checkpoint). A run
+    removes old checkpoints while it trains: where this one is gone, look once more which one it
+    names."""
     folder = find_checkpoint(path, which)
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-             for file in sorted(folder.iterdir())]
-    verify_sums(folder, tuple(files))
+    try:
+        return read(folder)
+    except (UserError, OSError):
+        newer = find_checkpoint(path, which)
+        if newer == folder:
+            raise
+        return read(newer)
+
+
+def read_verified(folder):
+    """Return the Checkpoint of a folder. Raises UserError as open_checkpoint does."""
+    try:
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                 for file in sorted(folder.iterdir())]
+        verify_sums(folder, tuple(files))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); a run that trains there may "
+                        "have replaced it: try again") from error
     return Checkpoint(folder, read_meta(folder))
 
 
@@ -120,6 +146,9 @@ def open_newest(run_dir):
         try:
             checkpoint = open_checkpoint(folder)
         except UserError as error:
+            # a run that trains there has removed it since it was listed: look again
+            if not folder.exists():
+                return open_newest(run_dir)
             problems.append(str(error))
             continue
         return checkpoint, [f"{problem}; going on from {folder.name}" for problem in problems]

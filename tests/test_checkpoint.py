@@ -37,6 +37,7 @@ from test_train import (  # noqa: F401
 )
 
 import configurator
+import sample
 import train
 from formats import checkpoint
 from formats.shards import TokenReader
@@ -650,6 +651,36 @@ def test_pointers_stay_in_the_run_s_folder(tmp_path, dataset, pointer, capsys):
     (tmp_path / "run/latest").write_text(pointer)
     do_run(tmp_path / "run", dataset, max_iters=1, init_from="resume")
     assert "going on from iter_000001" in capsys.readouterr().out
+
+
+@in_float32
+def test_a_pointer_with_a_stray_line_is_damaged(tmp_path, dataset, capsys):
+    do_run(tmp_path / "run", dataset, max_iters=1)
+    (tmp_path / "run/latest").write_text("iter_000001\nstray\n")
+    do_run(tmp_path / "run", dataset, max_iters=1, init_from="resume")
+    said = f"{tmp_path / 'run/latest'} is damaged: it names more than one checkpoint; going on from"
+    assert f"{said} iter_000001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("open_it", [checkpoint.open_checkpoint, checkpoint.open_newest,
+                                     lambda run: sample.load_model_and_tokenizer(
+                                         "resume", run, "latest")])
+@in_float32
+def test_a_checkpoint_that_is_replaced_meanwhile_is_looked_for_again(tmp_path, dataset, monkeypatch,
+                                                                     open_it):
+    """The run saves the next checkpoint and removes this one, after a reader has found it."""
+    do_run(tmp_path / "run", dataset, max_iters=1)
+    find, moved = checkpoint.find_checkpoint, []
+
+    def found_and_replaced(*args):
+        folder = find(*args)
+        if not moved:
+            moved.append(folder.rename(tmp_path / "run/iter_000002"))
+            (tmp_path / "run/latest").write_text("iter_000002\n")
+        return folder
+
+    monkeypatch.setattr(checkpoint, "find_checkpoint", found_and_replaced)
+    assert open_it(tmp_path / "run") and moved
 
 
 # ---------------------------------------------------------------------- several processes

@@ -54,6 +54,9 @@ def load_trainer(checkpoint, training):
         load_optimizer_state(training.optimizers, state["optimizer"])
         if state["scaler"]:
             training.scaler.load_state_dict(state["scaler"])
+    except FileNotFoundError as error:
+        raise UserError(f"{checkpoint.folder} is gone: a run that trains there has replaced it; "
+                        "stop that run, or choose another --out_dir=") from error
     except Exception as error:  # torch has many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be resumed ({reason})") from error
