@@ -149,7 +149,8 @@ class DocumentReader:
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read as parquet ({error})") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 in {' or '.join(extra)} ({error})") from error
+            raise UserError(f"{path}: not UTF-8 in {' or '.join(extra)} ({error}); correct it, or "
+                            "do without --url_blocklist and --language") from error
 
     def extra(self, row):
         """Return those of the extra columns that the row has."""

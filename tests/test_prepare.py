@@ -425,6 +425,7 @@ def test_bad_settings(tmp_path, do):
             ({"val_fraction": -0.5}, "val_fraction=-0.5: must be above"),
             ({"shard_tokens": 0}, "shard_tokens=0: must be at least 1"),
             ({"shard_tokens": 2**31}, "shard_tokens=2147483648: must be at least 1 and below 2147"),
+            ({"workers": 100_000}, "workers=100000: must be at least 0 and at most 1024"),
             ({"workers": -1}, "workers=-1: must be at least 0"),
             ({"max_tokens": -7}, "max_tokens=-7: must be at least 0"),
             ({"bad_text": "drop"}, "bad_text='drop': choose 'stop', 'skip', 'replace'"),

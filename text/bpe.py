@@ -19,7 +19,8 @@ PATTERNS = {  # that cut text into pieces: GPT-2's, and GPT-4's (cl100k), for an
     "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-LIMITS = {"vocab_size": ">= 257", "split_pattern": tuple(PATTERNS)}  # 256 bytes and end-of-text
+# 256 bytes and end-of-text, at least
+LIMITS = {"vocab_size": ">= 257, <= 1000000", "split_pattern": tuple(PATTERNS)}
 
 
 # ---------------------------------------------------------------------- training
