@@ -44,7 +44,8 @@ from text.tokenizer import Tokenizer, gpt2_spec, load_tokenizer
 
 # The values that these settings may have.
 LIMITS = {"val_fraction": "> 0, < 1", "shard_tokens": f">= 1, < {2**31}", "max_tokens": ">= 0",
-          "workers": ">= 0, <= 1024", "bpe_characters": ">= 1", "bad_text": ("stop", "skip", "replace")}
+          "workers": ">= 0, <= 1024", "bpe_characters": ">= 1",
+          "bad_text": ("stop", "skip", "replace")}
 FILTER_KEYS = ("filters", "url_blocklist", "language", "language_score", "dedup")
 SMALL_CORPUS = 32_000_000  # bytes of files, which one process prepares as fast as several
 SAVE_INTERVAL = 10  # seconds from one save of the progress to the next
