@@ -2,10 +2,14 @@
 
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn import functional as F
 
 import convert
@@ -222,3 +226,18 @@ def test_another_pt_file_is_refused(tmp_path, contents):
     (tmp_path / "ckpt.pt").write_bytes(b"\x80\x02")
     with pytest.raises(ValueError, match="ckpt.pt: not a checkpoint of nanoGPT's"):
         load_nanogpt(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare", "openwebtext"])
+def test_nanogpt_s_first_command_is_prepare_py(tmp_path, name):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("data/*/*.py")):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat\n" * 50)
+    done = subprocess.run(
+        [sys.executable, f"../data/{name}/prepare.py", "--input=../text.txt", "--workers=2",
+         "--tokenizer=chars"], cwd=tmp_path / "config", text=True, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("done; tokenizer chars, vocabulary 11\n")
+    assert (tmp_path / "data" / name / "meta.json").is_file()

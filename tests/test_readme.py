@@ -99,7 +99,7 @@ def test_a_command_s_settings_are_known(script, arguments, line, monkeypatch):
 def test_the_commands_run_in_order(tmp_path):
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
     for name in files.stdout.split():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "my_texts").mkdir()
     words = ("once upon a time the old king and his people that lived with hope over there went "
