@@ -1,6 +1,6 @@
 """Benchmarks: training, sampling, preparing, memory and start-up on this machine, beside others.
 
-    python bench.py config/train_stdlib.py                    # any of train.py's settings
+    python bench.py config/train_stdlib.py                    # train.py's settings, 1 micro-step
     python bench.py --random=True --n_layer=6 --compile=True  # random tokens: no dataset needed
     python bench.py config/train_stdlib.py --profile=True     # where an iteration's time goes
     python bench.py --suite=sample --compare=DIR --repeats=5  # beside the nanoGPT in DIR
@@ -58,6 +58,7 @@ ROOT = Path(__file__).resolve().parent
 PEERS = str(ROOT / "experiments" / "peers.py")
 OURS = "flatgpt"
 GPT2_VOCABULARY = 50257
+DEFAULTS = {"gradient_accumulation_steps": 1}  # instead of train.py's
 TEXTS = "texts.jsonl"  # what suite prepare prepares, in a temporary folder
 LIMITS = {"suite": ("train", "sample", "prepare", "memory", "start"), "iterations": ">= 1",
           "warmup": ">= 1", "repeats": ">= 1", "new_tokens": ">= 1", "samples": ">= 1"}
@@ -116,6 +117,7 @@ def main(
         rows = {side: [] for side in sides}
         for repeat in range(c.repeats):
             for side in sides:
+                print(f"repeat {repeat + 1} of {c.repeats}: {side}", file=sys.stderr, flush=True)
                 row = measure(side, c, device, Path(folder))
                 if limit:
                     row["of_the_limit"] = row["tokens_per_s"] / limit
@@ -394,4 +396,4 @@ def summary(key, repeats):
 
 
 if __name__ == "__main__":
-    run(main, base=train.main)
+    run(main, base=train.main, more_defaults=lambda settings: DEFAULTS)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 import time
 
 import pytest
@@ -105,6 +107,17 @@ def test_times_the_training_step_by_turns_with_theirs(capsys, monkeypatch, quick
     assert lines[1].split("  ")[0] == "" and "flatgpt / their" in lines[1]
     ms = next(line for line in lines if line.startswith("ms "))
     assert "14 (14 to 14)" in ms
+
+
+def test_one_micro_step_unless_more_are_given_and_a_line_per_repeat(capsys, monkeypatch, tmp_path):
+    flags = [flag for flag in TINY if not flag.startswith("--gradient")]
+    for more, micro_steps in (["--repeats=2"], 1), (["--gradient_accumulation_steps=4"], 4):
+        argv = [*flags, "--random=True", f"--log={tmp_path}/log", *more]
+        monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
+        runpy.run_path(bench.__file__, run_name="__main__")
+        row = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+        assert row["tokens_per_s"] == pytest.approx(1000 * micro_steps * 2 * 13 / row["ms"])
+        assert capsys.readouterr().err == "repeat 1 of 2: flatgpt\nrepeat 2 of 2: flatgpt\n"
 
 
 def test_shows_the_share_of_a_peak_that_is_known(capsys, monkeypatch, quick, tmp_path):
