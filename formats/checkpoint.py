@@ -38,6 +38,7 @@ from formats.files import (
     read_json,
     write_atomically,
 )
+from formats.foreign import refuse_others
 from model import GPT, GPTConfig
 from runtime.processes import full_tensor
 
@@ -67,8 +68,11 @@ def find_checkpoint(path, which="latest"):
     if (path / "model.safetensors").is_file():
         return path
     if not pointer.is_file():
+        runs = {str(found.parent) for folder in (path, Path("out"))
+                for found in folder.glob("*/latest")}
         raise UserError(f"{path}: no checkpoint here ({pointer} is missing); train one, or name "
-                        "another folder with --out_dir= or --init_from=")
+                        "another folder with --out_dir= or --init_from=; runs: "
+                        f"{', '.join(sorted(runs)) or 'none'}")
     text = pointer.read_text("utf-8", "replace").strip()
     if "\n" in text:
         raise UserError(f"{pointer} is damaged: it names more than one checkpoint; name one of "
@@ -77,18 +81,6 @@ def find_checkpoint(path, which="latest"):
     if name in ("", "..") or not (path / name).is_dir():
         raise UserError(f"{pointer} names {name!r}, which is not there")
     return path / name
-
-
-def refuse_others(path):
-    """Raise UserError, with the command that converts it, where `path` is, or is the folder of, a
-    checkpoint of nanoGPT's or of transformers'."""
-    convert = f"convert it: python convert.py --source={path}"
-    is_file = path.suffix == ".pt" and path.is_file()
-    if is_file or (path / "ckpt.pt").is_file():
-        raise UserError(f"{path}: this is nanoGPT's checkpoint; {convert} --dataset=NAME (the "
-                        "dataset that it was trained on)")
-    if (path / "config.json").is_file() and not (path / "meta.json").is_file():
-        raise UserError(f"{path}: this is a model that transformers has saved; {convert}")
 
 
 def open_checkpoint(path, which="latest"):

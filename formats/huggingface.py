@@ -15,8 +15,9 @@ transformers itself is not needed. Its GPT-2 and ours name their tensors alike
 from pathlib import Path
 
 from configurator import UserError
-from formats.checkpoint import model_with_weights, refuse_others
+from formats.checkpoint import model_with_weights
 from formats.files import read_json
+from formats.foreign import refuse_others
 from model import GPTConfig
 
 VOCAB_SIZE = 50257  # of GPT-2's tokenizer

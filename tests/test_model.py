@@ -854,6 +854,18 @@ def test_find_checkpoint(tmp_path):
         find_checkpoint(tmp_path / "nowhere")
 
 
+def test_a_run_that_is_not_there_gets_a_list_of_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint here .*; runs: none"):
+        find_checkpoint("out")
+    for name in ("shakespeare_char", "mine"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "latest").write_text("iter_000001\n")
+    for path in ("out-shakespeare-char", "out"):
+        with pytest.raises(ValueError, match=f"^{path}: .*; runs: out/mine, out/shakes"):
+            find_checkpoint(path)
+
+
 @pytest.mark.parametrize("pointer", ["iter_000011\n", "", "\n", "..", "../..", "../y", "\xff"])
 def test_a_pointer_to_nothing_or_outside_is_refused(pointer, tmp_path):
     run = tmp_path / "run"
