@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from runtime.failures import is_told_elsewhere, line_for, shorten, under_debugger
+from runtime.failures import cut, end_process, line_for, under_debugger
 
 # what check_settings' bounds mean
 HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -47,17 +47,7 @@ def run(main, base=None, more_defaults=None, argv=None, default_config=None):
         line = str(error) if isinstance(error, UserError) else line_for(error)
         if line is None or under_debugger():
             raise
-        if isinstance(error, UserError) and is_told_elsewhere(error):
-            sys.exit(2)
-        if not line:  # stopped by Ctrl-C, or by `| head`
-            sys.exit(130)
-        end_with_error(line)
-
-
-def end_with_error(message):
-    """Print one line on standard error and end the process with exit code 2."""
-    print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
-    sys.exit(2)
+        end_process(error, line)
 
 
 def configure(main, argv, base=None, more_defaults=None, default_config=None):
@@ -112,7 +102,7 @@ def overlay(argv, settings):
                 nearest = difflib.get_close_matches(key, settings, n=1)
                 hint = f"did you mean {nearest[0]!r}?" if nearest else "--help lists the keys"
                 raise UserError(f"{source}: unknown key {key!r}; {hint}")
-            settings[key] = as_type_of(settings[key], value, f"{source}: {key}={shorten(value)}")
+            settings[key] = as_type_of(settings[key], value, f"{source}: {key}={cut(value)}")
     return settings
 
 
@@ -181,12 +171,11 @@ def check_settings(settings, limits):
         # values to choose from
         if isinstance(rule, tuple):
             if value not in rule:
-                choices = ", ".join(map(repr, rule))
-                raise UserError(f"{key}={shorten(repr(value))}: choose {choices}")
+                raise UserError(f"{key}={cut(repr(value))}: choose {', '.join(map(repr, rule))}")
             continue
         # bounds
         if isinstance(value, int) and value >= 10**15:
-            raise UserError(f"{key}={shorten(value)}: must be below 1e15")
+            raise UserError(f"{key}={cut(value)}: must be below 1e15")
         bounds = [bound.split() for bound in rule.split(", ")]
         if not all(HOLDS[sign](value, float(limit)) for sign, limit in bounds):
             wanted = " and ".join(f"{WORDS[sign]} {limit}" for sign, limit in bounds)

@@ -75,8 +75,7 @@ def find_checkpoint(path, which="latest"):
                         f"{', '.join(sorted(runs)) or 'none'}")
     text = pointer.read_text("utf-8", "replace").strip()
     if "\n" in text:
-        raise UserError(f"{pointer} is damaged: it names more than one checkpoint; name one of "
-                        f"{path}/iter_* yourself")
+        raise UserError(f"{pointer} is damaged: it names more than one checkpoint; name one")
     name = Path(text).name  # never outside of the run
     if name in ("", "..") or not (path / name).is_dir():
         raise UserError(f"{pointer} names {name!r}, which is not there")
@@ -90,9 +89,8 @@ def open_checkpoint(path, which="latest"):
 
 
 def read_named(path, which, read):
-    """Return read(folder) of the checkpoint folder that `path` names (see find_checkpoint). A run
-    removes old checkpoints while it trains: where this one is gone, look once more which one it
-    names."""
+    """Return read(folder) of the folder that find_checkpoint finds. Where a run that trains there
+    removes it meanwhile, look once more."""
     folder = find_checkpoint(path, which)
     try:
         return read(folder)
@@ -110,16 +108,14 @@ def read_verified(folder):
                  for file in sorted(folder.iterdir())]
         verify_sums(folder, tuple(files))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); a run that trains there may "
-                        "have replaced it: try again") from error
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); try again") from error
     return Checkpoint(folder, read_meta(folder))
 
 
 def open_newest(run_dir):
     """Return (the newest intact Checkpoint of a run, one line for each damaged one before it in the
     search). Raises UserError where there is none."""
-    # a checkpoint's own folder: that one or none
-    if (run_dir / "model.safetensors").is_file():
+    if (run_dir / "model.safetensors").is_file():  # a checkpoint's own folder: that one or none
         return open_checkpoint(run_dir), []
     # the one that `latest` names, and those before it
     problems, folders = [], list_checkpoints(run_dir)
@@ -138,8 +134,7 @@ def open_newest(run_dir):
         try:
             checkpoint = open_checkpoint(folder)
         except UserError as error:
-            # a run that trains there has removed it since it was listed: look again
-            if not folder.exists():
+            if not folder.exists():  # a run that trains there has removed it meanwhile
                 return open_newest(run_dir)
             problems.append(str(error))
             continue

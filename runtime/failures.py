@@ -24,6 +24,16 @@ def line_for(error):
     return None
 
 
+def end_process(error, line):
+    """End the process because of an exception, with the line that tells the user of it on standard
+    error and exit code 2; or, where none is needed, with that of Ctrl-C."""
+    if not line:
+        sys.exit(130)
+    if not is_told_elsewhere(error):
+        print("error:", line.replace("\n", " "), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def of_one_process(error):
     """Mark a user's mistake as one that this process alone may have found; return it."""
     error.is_of_one_process = True
@@ -34,10 +44,11 @@ def is_told_elsewhere(error):
     """Return whether another process on this machine tells the user of a mistake. All of them find
     the same one, unless it is marked; other machines may have other files."""
     is_marked = getattr(error, "is_of_one_process", False)
-    return os.environ.get("LOCAL_RANK", "0") != "0" and not is_marked
+    is_mistake = isinstance(error, ValueError) and not is_marked
+    return is_mistake and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def shorten(value):
+def cut(value):
     """Return a value as text that fits into an error's line."""
     text = str(value)
     if len(text) > 60:
