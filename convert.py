@@ -53,11 +53,15 @@ def main(
         tokenizer = folder_tokenizer(source, model.config.vocab_size)
 
     # Write the checkpoint. meta.json comes last, because without it nothing can be loaded.
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder)
-    tokenizer.save(folder)
     meta = {"model": asdict(model.config), "source": source}
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(model, folder)
+        tokenizer.save(folder)
+        write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); make room there, or "
+                        "choose another --out_dir=") from error
     print(f"{folder}: {model.parameter_count():,} parameters; "
           f"sample from it with python sample.py --init_from={folder}")
 

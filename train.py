@@ -382,5 +382,5 @@ def evaluate(training, reader, sequences, batch_size, runtime):
 
 if __name__ == "__main__":
     if not configurator.has_config(sys.argv[1:]) and is_main_process():
-        say(f"no config file given: the settings are those of {SMALL_CONFIG}, below your own")
+        say(f"no config file given: {SMALL_CONFIG}, below a resumed run's settings and your flags")
     configurator.run(main, more_defaults=checkpoint_settings, default_config=SMALL_CONFIG)

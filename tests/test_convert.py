@@ -244,3 +244,11 @@ def test_offline_gpt2_ends_in_one_line_and_exit_code_2(tmp_path):
     assert done.stderr.startswith("error: gpt2 cannot be downloaded (")
     assert done.stderr.endswith("give its folder: python convert.py --source=FOLDER\n")
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_folder_that_cannot_be_written_is_the_user_s_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    save_with_transformers(tmp_path / "theirs", vocab_size=263)
+    save_tokenizer(tmp_path / "theirs", 262)
+    with pytest.raises(UserError, match=r"file/mine: cannot be written \(Not a directory\)"):
+        convert.main(source=f"{tmp_path}/theirs", out_dir=f"{tmp_path}/file/mine")
