@@ -32,6 +32,7 @@ from configurator import UserError, check_settings, keyword_defaults, run
 from documents.corpus import Files
 from formats.checkpoint import empty_model
 from formats.dataset import read_dataset_meta
+from formats.files import naming_write_errors
 from inference.generate import Sampling, cast_weights, generate
 from model import GPT
 from runtime.child import figures_of_python, run_python
@@ -359,7 +360,7 @@ def write_texts(source, megabytes, path):
 
 def append_log(log, row):
     if log:
-        with open(log, "a", encoding="utf-8") as file:
+        with naming_write_errors(Path(log), "run it again"), open(log, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 

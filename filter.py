@@ -127,8 +127,12 @@ def claim_output(output, work, settings):
     if not folder.isfile("settings.json"):
         if get_datafolder(output).list_files():
             raise UserError(f"output={output!r}: has files already; choose another")
-        with folder.open("settings.json", "w") as file:
-            json.dump(settings, file, indent=1)
+        try:
+            with folder.open("settings.json", "w") as file:
+                json.dump(settings, file, indent=1)
+        except OSError as error:
+            raise UserError(f"output={output!r}: cannot be written ({error}); choose another"
+                            ) from error
 
     # Later, the settings and the input's files must be the same.
     with folder.open("settings.json") as file:

@@ -230,3 +230,8 @@ def test_their_data_must_be_there(capsys, quick, peer, tmp_path):
     with pytest.raises(SystemExit):
         bench_with(f"--compare={peer}", f"--dataset={tmp_path}")
     assert "train.bin is missing; prepare it there" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written_is_the_user_s_mistake(tmp_path):
+    with pytest.raises(ValueError, match="nowhere/log.jsonl: cannot be written"):
+        bench.append_log(f"{tmp_path}/nowhere/log.jsonl", {"ms": 1})
