@@ -113,6 +113,7 @@ def read_config(path, settings):
         raise UserError(f"{path}: no such config file, ending in .py (flags are written "
                         f"--key=value; a text for prepare.py --input={path})")
     try:
+        # what it names: a setting that is assigned as it was leaves no other trace
         used_names = compile(Path(path).read_bytes(), path, "exec").co_names
         names = runpy.run_path(path, init_globals=settings)
     except Exception as error:
@@ -126,8 +127,7 @@ def read_config(path, settings):
         is_private = key.startswith("_") or callable(value) or isinstance(value, ModuleType)
         if not is_unchanged and not is_private:
             assigned[key] = value
-    own_names = [key for key in assigned
-                 if not difflib.get_close_matches(key, settings, cutoff=0.8)]
+    own_names = [k for k in assigned if not difflib.get_close_matches(k, settings, cutoff=0.8)]
     if len(own_names) == len(assigned) and not settings.keys() & set(used_names):
         raise UserError(f"{path}: assigns no setting; --help lists the keys")
     if own_names:
