@@ -1,4 +1,4 @@
-"""documents.py: every kind of file, packed or not, and what is wrong with them."""
+"""readers.py: every kind of file, packed or not, and what is wrong with them."""
 
 import random
 
