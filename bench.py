@@ -1,10 +1,11 @@
-"""Benchmarks: training, sampling, preparing, memory and start-up on this machine, beside others.
+"""Benchmarks: training, sampling, evaluating, preparing, memory, start-up; ours beside others.
 
     python bench.py config/train_stdlib.py                    # train.py's settings, 1 micro-step
     python bench.py --random=True --n_layer=6 --compile=True  # random tokens: no dataset needed
     python bench.py config/train_stdlib.py --profile=True     # where an iteration's time goes
     python bench.py --suite=sample --compare=DIR --repeats=5  # beside the nanoGPT in DIR
     python bench.py --suite=sample --compare=transformers     # beside Hugging Face's generate
+    python bench.py --suite=evaluate --compare=lm_eval        # beside EleutherAI's harness
 
 It first measures how fast this machine multiplies and reads memory, which limits the tokens/s. Then
 it measures ours and theirs in turn, in a new process each time, and prints each figure's median,
@@ -29,6 +30,7 @@ import torch
 import train
 from configurator import UserError, check_settings, keyword_defaults, run
 from documents.corpus import Files
+from evaluation.speed import time_questions
 from formats.checkpoint import empty_model
 from formats.dataset import read_dataset_meta
 from formats.files import naming_write_errors
@@ -61,13 +63,15 @@ OURS = "flatgpt"
 GPT2_VOCABULARY = 50257
 DEFAULTS = {"gradient_accumulation_steps": 1}  # instead of train.py's
 TEXTS = "texts.jsonl"  # what suite prepare prepares, in a temporary folder
-LIMITS = {"suite": ("train", "sample", "prepare", "memory", "start"), "iterations": ">= 1",
-          "warmup": ">= 1", "repeats": ">= 1", "new_tokens": ">= 1", "samples": ">= 1"}
+LIMITS = {"suite": ("train", "sample", "evaluate", "prepare", "memory", "start"),
+          "iterations": ">= 1", "warmup": ">= 1", "repeats": ">= 1", "new_tokens": ">= 1",
+          "samples": ">= 1", "questions": ">= 1"}
+LIBRARIES = {"transformers": "sample", "lm_eval": "evaluate"}  # which suite compares with them
 
 
 def main(
-    suite="train",  # what to measure: train, sample, prepare, memory or start
-    compare="",  # a folder with nanoGPT, measured in turn with ours; sample: or transformers
+    suite="train",  # what to measure: train, sample, evaluate, prepare, memory or start
+    compare="",  # a folder with nanoGPT, measured in turn with ours; or transformers, or lm_eval
     repeats=3,  # processes on each side
     log="",  # a file to which each repeat is appended as a line of JSON
     iterations=20,  # train: timed iterations
@@ -77,6 +81,7 @@ def main(
     trace="bench_trace.json",  # the trace's file, for ui.perfetto.dev
     new_tokens=200,  # sample: tokens drawn after a prompt of one token, greedily
     samples=1,  # sample: sequences drawn together; the others always draw one
+    questions=100,  # evaluate: each with four choices, as long as HellaSwag's
     text="",  # prepare: a .jsonl or .jsonl.gz with a field text; '': Python's standard library
     megabytes=20.0,  # prepare: how much of it, cut into documents of 5,000 characters
     child=False,  # measure ours once, in this process, and print it as JSON
@@ -92,7 +97,7 @@ def main(
 
         # As the child of another bench.py, or one of torchrun's processes: measure ours here.
         if c.child or c.profile or launched_by_torchrun():
-            time_ours = time_samples if c.suite == "sample" else time_steps
+            time_ours = {"sample": time_samples, "evaluate": time_scores}.get(c.suite, time_steps)
             figures = time_ours(c)
             if figures and is_main_process():
                 print(json.dumps(figures))
@@ -144,9 +149,12 @@ def check(c):
     check_combinations(c)
     if c.profile and c.suite != "train":
         raise UserError(f"profile=True: suite={c.suite} has none, suite=train has")
-    if c.compare == "transformers" and c.suite != "sample":
-        raise UserError("compare='transformers': only suite=sample can do that; name a folder")
-    if c.compare in ("", "transformers"):
+    if c.suite != LIBRARIES.get(c.compare, c.suite):
+        raise UserError(f"compare={c.compare!r}: is for suite={LIBRARIES[c.compare]}; name a "
+                        "folder with nanoGPT")
+    if c.suite == "evaluate" and c.compare not in ("", "lm_eval"):
+        raise UserError(f"compare={c.compare!r}: suite=evaluate compares with lm_eval alone")
+    if c.compare in ("", *LIBRARIES):
         return
 
     # The other side must be a nanoGPT, and its dataset must be prepared.
@@ -179,7 +187,7 @@ def limit_of_tokens_per_s(c, device, machine):
 
 def vocabulary_size(c):
     """Return that of the dataset; for sampling, or where it has no meta.json, that of GPT-2."""
-    if c.suite == "sample":
+    if c.suite in ("sample", "evaluate"):
         return GPT2_VOCABULARY
     # Of several datasets the first will do, as all have the same tokenizer.
     first_dataset = next(iter(parse_mix(c.mix, c.dataset)))
@@ -275,6 +283,16 @@ def time_samples(c):
     return {"tokens_per_s": c.samples * c.new_tokens / seconds}
 
 
+def time_scores(c):
+    """Return the questions/s of evaluate.py's own scorer, with random weights."""
+    runtime = setup(c.device, c.dtype)
+    tune_cpu(runtime.device)
+    model = GPT(model_config(c, vocabulary_size(c))).to(runtime.device).eval()
+    cast_weights(model, runtime.dtype)
+    tokens_at_once = c.batch_size * c.block_size
+    return {"questions_per_s": time_questions(model, runtime, c.questions, tokens_at_once)}
+
+
 # ---------------------------------------------------------------------- each side, in a process
 
 
@@ -286,7 +304,7 @@ def measure(side, c, device, folder):
         return measure_peer(side, c, device, folder)
     if c.suite == "start":
         return measure_start(c, device, folder)
-    # Train, memory and sample: bench.py itself in a child, which measures ours alone.
+    # The other suites: bench.py itself in a child, which measures ours alone.
     flags = as_flags({**vars(c), "child": True, "compare": "", "log": ""})
     return figures_of_python("bench.py", *flags, cwd=ROOT)
 
@@ -324,7 +342,7 @@ def measure_start(c, device, folder):
 def measure_peer(side, c, device, folder):
     """Return what experiments/peers.py measures: nanoGPT in its folder, or a library."""
     suite, checkout = c.suite, c.compare
-    if side in ("tiktoken", "transformers"):
+    if side == "tiktoken" or side in LIBRARIES:
         suite, checkout = side, ROOT
     # The settings, and what only we can find out.
     spec = {**vars(c), "device": str(device), "folder": str(folder),

@@ -9,7 +9,7 @@ models/huggingface.py), so the numbers are comparable with what others publish.
 
 The choices of a question have the same context, which is computed once: contexts of equal length
 are read together, without padding, into a cache of keys and values; each continuation then goes on
-from a copy of its context's.
+from a copy of its context's, together with others of about its length.
 
 Sizes: G contexts of L tokens, R continuations of at most T tokens, V ids in the vocabulary.
 """
@@ -99,8 +99,8 @@ class Scorer:
         with (evaluating(self.model), gathered(self.model), torch.no_grad(),
               self.runtime.autocast()):
             for batch in batches[first::step]:
-                numbers = [number for group in batch for number in group]
-                results[numbers] = self.score_batch(batch, windows)
+                numbers, scores = self.score_batch(batch, windows)
+                results[numbers] = scores
                 done += len(numbers)
                 if progress:
                     progress(done * step / len(pairs))
@@ -120,34 +120,55 @@ class Scorer:
         return Window(tuple(context), tuple(continuation))
 
     def score_batch(self, groups, windows):
-        """Return (R, 2) float64 on the CPU: log-likelihood, and 1 where greedy, of the windows that
-        the groups name by their numbers, one group after the other. The windows of a group have
+        """Return the results of the windows that the groups name by their numbers: the numbers, and
+        (R, 2) float64 on the CPU, log-likelihood, and 1 where greedy. The windows of a group have
         the same context, and all contexts are of one length."""
-        device = self.runtime.device
-        # What goes in: each continuation is predicted from its context's last id onwards.
-        contexts = [windows[group[0]].context for group in groups]
-        group_of, inputs, targets = [], [], []
-        T = max(len(windows[number].continuation) for group in groups for number in group)
+        rows = []  # of each continuation: its group, its number
         for i, group in enumerate(groups):
-            for number in group:
-                ids = windows[number].continuation
-                padding = T - len(ids)
-                group_of.append(i)
-                inputs.append([contexts[i][-1], *ids[:-1]] + [0] * padding)
-                targets.append([*ids] + [IGNORE] * padding)
-        inputs = torch.tensor(inputs, device=device)  # (R, T)
-        targets = torch.tensor(targets, device=device)  # (R, T)
+            rows += [(i, number) for number in group]
+        # The longest continuation first.
+        rows.sort(key=lambda row: len(windows[row[1]].continuation), reverse=True)
+        numbers = [number for _, number in rows]
 
-        # Read the rest of the contexts, and give each continuation a copy of its context's cache.
+        # Read the contexts, but for their last ids, from which the continuations go on.
+        contexts = [windows[group[0]].context for group in groups]
         L, cache = len(contexts[0]), None
         if L > 1:
-            prefixes = torch.tensor(contexts, device=device)[:, :-1]  # (G, L - 1)
+            prefixes = torch.tensor(contexts, device=self.runtime.device)[:, :-1]  # (G, L - 1)
+            T = len(windows[numbers[0]].continuation)
             cache = self.model.make_cache(len(groups), self.runtime.dtype, L - 1 + T)
             self.model.hidden(prefixes, cache, 0)
-            if len(group_of) > len(groups):
-                rows = torch.tensor(group_of, device=device)
-                cache = [(k[rows], v[rows]) for k, v in cache]
-        x = self.model.hidden(inputs, cache, L - 1)  # (R, T, C)
+
+        # Read the continuations, those of about the same length together. Each has a copy of its
+        # context's cache.
+        results = []
+        lengths = [len(windows[number].continuation) for number in numbers]
+        for first, last in split_by_length(lengths, self.tokens_at_once // 32):
+            own_cache = None
+            if cache:
+                group_of = torch.tensor([i for i, _ in rows[first:last]])
+                group_of = group_of.to(self.runtime.device)  # (n,)
+                end = L - 1 + lengths[first]
+                own_cache = [(k[group_of, :, :end], v[group_of, :, :end]) for k, v in cache]
+            last_ids = [contexts[i][-1] for i, _ in rows[first:last]]
+            continuations = [windows[number].continuation for number in numbers[first:last]]
+            results.append(self.score_continuations(last_ids, continuations, own_cache, L - 1))
+        return numbers, torch.cat(results)
+
+    def score_continuations(self, last_ids, continuations, cache, start):
+        """Return (R, 2) as score_batch does, of continuations that follow last_ids, the last id of
+        each context. cache: of what is before these, `start` ids, or None where there is nothing.
+        The first continuation is the longest."""
+        # Each continuation is predicted from its context's last id onwards.
+        inputs, targets = [], []
+        T = len(continuations[0])
+        for last_id, ids in zip(last_ids, continuations, strict=True):
+            padding = T - len(ids)
+            inputs.append([last_id, *ids[:-1]] + [0] * padding)
+            targets.append([*ids] + [IGNORE] * padding)
+        inputs = torch.tensor(inputs, device=self.runtime.device)  # (R, T)
+        targets = torch.tensor(targets, device=self.runtime.device)  # (R, T)
+        x = self.model.hidden(inputs, cache, start)  # (R, T, C)
 
         # Sum up each row's targets.
         is_target = targets != IGNORE  # (R, T)
@@ -202,6 +223,19 @@ def make_batches(windows, tokens_at_once):
         batches[-1].append(group)
         rows += len(group)
     return batches
+
+
+def split_by_length(lengths, least_tokens):
+    """Yield (first, last) of the pieces of a list of descending lengths: a piece ends before a
+    length below 4/5 of its longest, which would be mostly padding, but has least_tokens tokens with
+    its padding, since a small batch costs almost as much time as a larger one."""
+    first = 0
+    for i, length in enumerate(lengths):
+        tokens = (i - first) * lengths[first]
+        if tokens >= least_tokens and length < 0.8 * lengths[first]:
+            yield first, i
+            first = i
+    yield first, len(lengths)
 
 
 @contextmanager

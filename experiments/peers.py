@@ -2,6 +2,7 @@
 
     python experiments/peers.py train SPEC    # nanoGPT; or memory, sample, prepare, start
     python experiments/peers.py transformers SPEC   # Hugging Face's generate
+    python experiments/peers.py lm_eval SPEC        # the scorer of EleutherAI's harness, HFLM
     python experiments/peers.py tiktoken SPEC       # encode_ordinary_batch alone
 
 SPEC is JSON: the options of bench.py, the settings of train.py, and what bench.measure_peer adds.
@@ -98,19 +99,47 @@ def sample(spec):
     return {"tokens_per_s": tokens / seconds}
 
 
-def transformers(spec):
+def make_gpt2(spec):
+    """Return transformers' GPT-2 of our sizes with random weights."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=50304, n_positions=spec["block_size"], n_layer=spec["n_layer"],
                         n_head=spec["n_head"], n_embd=spec["n_embd"])
-    model = GPT2LMHeadModel(config).to(spec["device"], getattr(torch, spec["dtype"])).eval()
+    return GPT2LMHeadModel(config).to(spec["device"], getattr(torch, spec["dtype"])).eval()
+
+
+def transformers(spec):
+    import torch
+
+    model = make_gpt2(spec)
     model.generation_config.eos_token_id = None
     prompt = torch.zeros(1, 1, dtype=torch.long, device=spec["device"])
     generate = partial(model.generate, prompt, attention_mask=prompt + 1, do_sample=False,
                        max_new_tokens=spec["new_tokens"], pad_token_id=0)
     seconds = seconds_of(generate)
     return {"tokens_per_s": spec["new_tokens"] / seconds}
+
+
+def lm_eval(spec):
+    """Questions/s of the harness's HFLM, which reads each choice with the whole context, a batch of
+    ours in tokens at a time."""
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from evaluation.speed import questions_like_hellaswag
+
+    pairs = questions_like_hellaswag(spec["questions"])
+    requests = [(("", str(i)), *pair) for i, pair in enumerate(pairs)]
+    tokenizer = PreTrainedTokenizerFast(  # which HFLM needs, and does not use for token ids
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), eos_token="a", pad_token="a")
+    longest = max(len(context) + len(choice) for _, context, choice in requests)
+    batch_size = max(1, spec["batch_size"] * spec["block_size"] // longest)
+    harness = HFLM(make_gpt2(spec), tokenizer=tokenizer, batch_size=batch_size)
+    harness._loglikelihood_tokens(requests[:8], disable_tqdm=True)
+    score = partial(harness._loglikelihood_tokens, requests, disable_tqdm=True)
+    return {"questions_per_s": len(requests) / 4 / seconds_of(score)}
 
 
 def tiktoken(spec):
@@ -178,7 +207,7 @@ def seconds_of(function):
 
 
 SUITES = {"train": train, "memory": train, "sample": sample, "transformers": transformers,
-          "tiktoken": tiktoken, "prepare": prepare, "start": start}
+          "lm_eval": lm_eval, "tiktoken": tiktoken, "prepare": prepare, "start": start}
 
 if __name__ == "__main__":
     sys.path[0] = ""  # the checkout, not the folder of this file

@@ -14,7 +14,7 @@ import bench
 import configurator
 import prepare
 import train
-from runtime import child
+from runtime import child, speed
 from runtime.processes import Runtime
 from training import log as run_log
 from training.batches import BatchSource
@@ -24,6 +24,8 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=7", "--block_size=13", "--batch_size=2",
         "--gradient_accumulation_steps=3", "--device=cpu", "--dtype=float32", "--iterations=5",
         "--warmup=2", "--repeats=2"]
+
+SMALL_MACHINE = {"float32_gflop_per_s": 1.0, "bfloat16_gflop_per_s": 1.0, "read_gb_per_s": 1.0}
 
 # what bench.py wants of a folder with nanoGPT's layout: its flags are nanoGPT's keys
 PEER = {
@@ -82,8 +84,7 @@ def quick(monkeypatch):
         return lines
 
     monkeypatch.setattr(child, "run_python", run_python)
-    monkeypatch.setattr(bench, "measure_machine", lambda device: {
-        "float32_gflop_per_s": 1.0, "bfloat16_gflop_per_s": 1.0, "read_gb_per_s": 1.0})
+    monkeypatch.setattr(bench, "measure_machine", lambda device: SMALL_MACHINE)
 
 
 def bench_with(*flags):
@@ -127,7 +128,9 @@ def test_the_next_batches_are_read_while_the_device_is_at_work(monkeypatch):
     assert all(0 < t.reading < t.whole for t in times)
 
 
-def test_one_micro_step_unless_more_are_given_and_a_line_per_repeat(capsys, monkeypatch, tmp_path):
+def test_one_micro_step_unless_more_are_given_and_a_line_per_repeat(
+        capsys, monkeypatch, quick, tmp_path):
+    monkeypatch.setattr(speed, "measure_machine", lambda device: SMALL_MACHINE)
     flags = [flag for flag in TINY if not flag.startswith("--gradient")]
     for more, micro_steps in (["--repeats=2"], 1), (["--gradient_accumulation_steps=4"], 4):
         argv = [*flags, "--random=True", f"--log={tmp_path}/log", *more]
@@ -190,6 +193,14 @@ def test_samples_are_those_of_sample_py(quick, peer, tmp_path, monkeypatch, dtyp
             row["tokens_per_s"] / count * size * weights / 1e9)
 
 
+def test_questions_are_scored(quick, tmp_path):
+    bench_with("--suite=evaluate", "--questions=3", "--block_size=150",
+               f"--log={tmp_path}/log")
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [row["suite"] for row in rows[1:]] == ["evaluate"] * 2
+    assert all(row["questions_per_s"] > 0 for row in rows[1:])
+
+
 def test_preparing_beside_tiktoken_and_their_script(gpt2, quick, peer, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(peer))
     (peer / "datasets.py").write_text("""
@@ -238,10 +249,11 @@ def test_the_table_has_medians_and_ratios_of_one_repeat():
 
 @pytest.mark.parametrize("flags, says", [
     (["--iterations=0"], "iterations=0: must be at least 1"),
-    (["--suite=speed"], "suite='speed': choose 'train', 'sample', 'prepare', 'memory', 'start'"),
+    (["--suite=speed"], "suite='speed': choose 'train', 'sample', 'evaluate', "),
     (["--compare=nowhere"], "compare='nowhere': has no train.py; give the folder of a nanoGPT"),
     (["--suite=sample", "--compare=/"], "compare='/': has no model.py"),
-    (["--compare=transformers"], "only suite=sample can do that"),
+    (["--compare=transformers"], "compare='transformers': is for suite=sample"),
+    (["--suite=evaluate", "--compare=/"], "suite=evaluate compares with lm_eval alone"),
     (["--suite=memory", "--profile=True"], "profile=True: suite=memory has none"),
     (["--dataset=nowhere"], "python prepare.py --dataset=nowhere"),
     (["--n_heads=3"], "did you mean 'n_head'?"),

@@ -27,7 +27,8 @@ SHORTER = {  # flags that make each script quick
     "filter.py": [],
     "train.py": ["--eval_tokens=1", "--batch_size=2", "--log_interval=1", "--device=cpu"],
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
-    "convert.py": [], "evaluate.py": ["--device=cpu"],
+    "convert.py": [],
+    "evaluate.py": ["--eval_tokens=1", "--device=cpu"],
     "bench.py": ["--iterations=1", "--warmup=1", "--repeats=1", "--device=cpu"],
 }
 ELSEWHERE = {  # what cannot run here, and why: its settings alone are checked
