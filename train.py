@@ -197,7 +197,9 @@ def set_up(c):
     tokenizer = load_tokenizer(*parse_mix(c.mix, c.dataset))
     reference = open_reference(c, checkpoint)
     if reference:
-        check_same_tokenizer(tokenizer, reference.folder, c.mix or c.dataset)
+        own = check_same_tokenizer(tokenizer, reference.folder, c.mix or c.dataset,
+                                   may_add=c.objective != "distill")
+        reference = reference._replace(vocab_size=own.vocab_size)
     check_memory(c, tokenizer.vocab_size, sizes.batch_size, runtime)
     model, source = make_model(c, tokenizer.vocab_size, checkpoint)
     new_ids = range(0)

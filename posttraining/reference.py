@@ -9,6 +9,7 @@ from formats.checkpoint import load_model, open_checkpoint
 from formats.files import hash_file
 from posttraining.lora import off
 from posttraining.objectives import WITH_REFERENCE
+from posttraining.vocabulary import grow_vocabulary
 
 
 class Reference(NamedTuple):
@@ -17,6 +18,8 @@ class Reference(NamedTuple):
     folder: Path
     # Of its weights.
     sha256: str
+    # How many ids its tokenizer has. The model's may have more, special tokens that were added.
+    vocab_size: int = 0
 
 
 def open_reference(c, resumed):
@@ -44,10 +47,14 @@ def open_reference(c, resumed):
     return Reference(folder, sha256)
 
 
-def load_reference(folder, model, runtime):
-    """Return the GPT of a checkpoint's folder, frozen, on the device, to compare a model with.
-    Raises UserError where the model's sequences are too long for it."""
-    frozen = load_model(folder).requires_grad_(False).eval()
+def load_reference(reference, model, vocab_size, runtime):
+    """Return the GPT of a Reference, frozen, on the device, to compare a model of vocab_size ids
+    with. New ids get the rows that the model itself began with. Raises UserError where the model's
+    sequences are too long for it."""
+    folder = reference.folder
+    frozen = load_model(folder)
+    grow_vocabulary(frozen, reference.vocab_size, vocab_size)
+    frozen.requires_grad_(False).eval()
     # Its positions must reach as far.
     longest, wanted = frozen.config.block_size, model.config.block_size
     if longest < wanted:

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 import train
 from formats import run_folder
+from formats.checkpoint import load_model
 from model import GPT, IGNORE, GPTConfig
 from posttraining.objectives import DPO, IPO, Distillation, LanguageModel, Reward, end_targets
-from posttraining.reference import load_reference
+from posttraining.reference import Reference, load_reference
+from posttraining.vocabulary import grow_vocabulary
 from runtime.processes import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -372,9 +374,20 @@ def test_the_reference_is_frozen_and_known(tmp_path, data):
     assert len(meta["reference"]) == 64
     model = new_model()
     model.document_start = 7
-    frozen = load_reference(Path(data.base) / "iter_000002", model, CPU)
+    folder = Path(data.base) / "iter_000002"
+    frozen = load_reference(Reference(folder, "", 257), model, 257, CPU)
     assert not frozen.training and frozen.document_start == 7
     assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@in_float32
+def test_a_base_model_without_special_tokens_can_be_the_reference(data):
+    folder = Path(data.base) / "iter_000002"
+    model = load_model(folder)
+    grow_vocabulary(model, 257, 263)
+    frozen = load_reference(Reference(folder, "", 257), model, 263, CPU)
+    tokens = torch.tensor([[256, 257, 65, 262]])
+    assert torch.equal(frozen.logits(tokens), model.logits(tokens))
 
 
 # ---------------------------------------------------------------------- wrong input

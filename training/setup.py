@@ -196,7 +196,7 @@ def add_objective(c, training, reference, vocab_size, runtime):
     # what LoRA has not changed
     frozen = partial(losses_of_base, training.model)
     if reference:
-        frozen = load_reference(reference.folder, training.model, runtime)
+        frozen = load_reference(reference, training.model, vocab_size, runtime)
         chunk_losses(frozen)
     objective = make_objective(c, training.wrapped, training.model, frozen, vocab_size,
                                LOGITS_AT_ONCE)
