@@ -278,7 +278,8 @@ def time_samples(c):
     # compiled, and recorded when it runs again.
     for new_tokens in (5, c.new_tokens):
         start = time.perf_counter()
-        list(generate(model, [0], generators, new_tokens, greedy, None, runtime, compiled))
+        list(generate(model, [[0]] * c.samples, generators, new_tokens, greedy, None, runtime,
+                      compiled))
         seconds = time.perf_counter() - start
     return {"tokens_per_s": c.samples * c.new_tokens / seconds}
 

@@ -9,10 +9,13 @@ To feed it one token at a time, keep the keys and values of the tokens before:
     cache = model.make_cache(B)
     x = model.hidden(tokens, cache, start)[:, -1]  # tokens are at positions start, start + 1, ...
 
+or give each row of the batch a start of its own.
+
 Needs torch alone. Weights on disk: formats/checkpoint.py. Training: train.py. Sampling: sample.py.
 
 Sizes, everywhere: B batch, T time, C channels (n_embd), H heads, K heads of keys and values, D head
-dimension, M channels inside the MLP, V vocabulary, S positions that the cache holds.
+dimension, M channels inside the MLP, V vocabulary, S positions that the cache holds, R rows of
+positions: B, or 1 where all sequences are at the same positions.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; the details are those
 of OpenAI's code, github.com/openai/gpt-2, src/model.py.
 """
@@ -113,10 +116,11 @@ def make_norm(config):
 
 
 def rotation_angles(positions, head_dim):
-    """Return (cos, sin), each (T, D/2), of the angle by which each pair of channels is rotated."""
+    """Return (cos, sin), each (R, 1, T, D/2), of the angle by which each pair of channels is
+    rotated at positions (R, T)."""
     channels = torch.arange(0, head_dim, 2, device=positions.device)  # (D/2,)
-    angles = positions[:, None] * 10000.0 ** -(channels / head_dim)  # (T, D/2)
-    return angles.cos(), angles.sin()  # each (T, D/2)
+    angles = positions[:, None, :, None] * 10000.0 ** -(channels / head_dim)  # (R, 1, T, D/2)
+    return angles.cos(), angles.sin()  # each (R, 1, T, D/2)
 
 
 def rotate(x, cos, sin):
@@ -125,11 +129,20 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)  # (..., T, D)
 
 
+def write_to_cache(cache, x, positions):
+    """Write keys or values x (B, K, T, D) at positions (R, T) of a cache (B, K, S, D)."""
+    if len(positions) == 1:  # the same in all rows
+        cache.index_copy_(2, positions[0], x)
+    else:
+        rows = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
+        cache[rows, :, positions] = x.transpose(1, 2)  # (B, T, K, D)
+
+
 class Context(NamedTuple):
     """What every block needs to know besides its input."""
     tokens: torch.Tensor  # ids (B, T), for the value embeddings
-    positions: torch.Tensor  # of the tokens in their sequences, (T,)
-    rotation: tuple | None  # cos and sin, each (T, D/2); None: learned positions
+    positions: torch.Tensor  # of the tokens in their sequences, (R, T)
+    rotation: tuple | None  # cos and sin, each (R, 1, T, D/2); None: learned positions
     mask: torch.Tensor | None  # True where attention may look; None: each token sees those before
 
 
@@ -173,8 +186,8 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.split((H, K), 1)  # (B, H, T, D), (B, K, T, D)
         # write the new positions into the cache, then read all of them
         if cache is not None:
-            cache[0].index_copy_(2, context.positions, k)
-            cache[1].index_copy_(2, context.positions, v)
+            write_to_cache(cache[0], k, context.positions)
+            write_to_cache(cache[1], v, context.positions)
             k, v = cache  # each (B, K, S, D)
         # a weighted mean of the values; without a mask each token sees those before it
         y = self.attend(
@@ -295,21 +308,25 @@ class GPT(nn.Module):
 
         cache: from make_cache. The tokens are then at positions start to start + T - 1; they are
         written into the cache and attend to what it holds before them. start: an int; or an int64
-        tensor (), with which all shapes are the same at every position, as a CUDA graph needs: the
-        whole cache is then read, under a mask. Raises ValueError for positions beyond block_size
-        (a tensor is not checked).
+        tensor, (B,) with a start for each sequence or () with one for all, with which all shapes
+        are the same at every position, as a CUDA graph needs: the whole cache is then read, under a
+        mask. Raises ValueError for positions beyond block_size (a tensor is not checked).
         """
         T, block_size = tokens.shape[1], self.config.block_size
-        end = block_size if isinstance(start, torch.Tensor) else start + T
+        if isinstance(start, torch.Tensor):
+            end = cache[0][0].shape[2]
+            start = start.view(-1, 1)  # (R, 1)
+        else:
+            end = start + T
         if end > block_size:
             raise ValueError(f"a sequence of {end} tokens is longer than the model's "
                              f"block_size={block_size}; give it at most that many")
-        positions = torch.arange(T, device=tokens.device) + start  # (T,)
+        positions = torch.arange(T, device=tokens.device)[None] + start  # (R, T)
         # the embedding: of the tokens, and of the positions unless attention rotates them in
         x = self.transformer.wte(tokens)  # (B, T, C)
         rotation = None
         if self.config.rope:
-            rotation = rotation_angles(positions, self.config.head_dim)  # each (T, D/2)
+            rotation = rotation_angles(positions, self.config.head_dim)  # each (R, 1, T, D/2)
         else:
             x = x + self.transformer.wpe(positions)  # (B, T, C)
         if self.config.rmsnorm:
@@ -335,9 +352,10 @@ class GPT(nn.Module):
             documents = (tokens == self.document_start).cumsum(1)  # (B, T)
             same = documents[:, :, None] == documents[:, None]  # (B, T, T)
             return same.tril()[:, None]  # (B, 1, T, T)
-        # with a cache: several tokens after others, or shapes that must not change
-        if isinstance(start, torch.Tensor) or (start > 0 and len(positions) > 1):
-            return torch.arange(end, device=tokens.device) <= positions[:, None]  # (T, S)
+        # with a cache: several tokens after others, or shapes that are the same everywhere
+        if isinstance(start, torch.Tensor) or (start > 0 and tokens.shape[1] > 1):
+            seen = torch.arange(end, device=tokens.device) <= positions[..., None]  # (R, T, S)
+            return seen[:, None]  # (R, 1, T, S)
         return None
 
     @property

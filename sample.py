@@ -86,8 +86,8 @@ def main(
     for first in range(0, num_samples, batch_size):
         numbers = range(first, min(first + batch_size, num_samples))
         generators = [torch.Generator().manual_seed(seed_for(seed, "sample", i)) for i in numbers]
-        steps = generate(model, prompt_ids, generators, max_new_tokens, sampling, tokenizer.eot,
-                         runtime, compiled)
+        steps = generate(model, [prompt_ids] * len(numbers), generators, max_new_tokens, sampling,
+                         tokenizer.eot, runtime, compiled)
         print_samples(steps, len(numbers), prompt_ids, tokenizer)
 
 

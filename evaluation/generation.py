@@ -25,8 +25,8 @@ def write_on(scorer, prompt, max_new_tokens, stops=(), temperature=0.0):
     sampling = Sampling(temperature, top_k=0, top_p=1.0, vocab_size=tokenizer.vocab_size)
     new_ids, text = [], ""
     with evaluating(scorer.model):
-        for new_id, in generate(scorer.model, prompt_ids, [torch.Generator()], max_new_tokens,
-                                sampling, tokenizer.eot, scorer.runtime):
+        for new_id, in generate(scorer.model, [prompt_ids], [torch.Generator()],
+                                max_new_tokens, sampling, tokenizer.eot, scorer.runtime):
             new_ids.append(new_id)
             # a stop may consist of several tokens
             text = tokenizer.decode(new_ids)

@@ -8,7 +8,7 @@ import codecs
 import sys
 
 from configurator import UserError
-from inference.generate import generate, new_cache
+from inference.generate import Batch
 
 
 def talk(conversation, encode_question, tokenizer):
@@ -56,17 +56,16 @@ class Conversation:
             raise UserError("--chat=True: this model was not trained on conversations (there is no "
                             "<|assistant|> among its tokens); finetune it on a dataset of "
                             "python prepare.py --format=chat")
-        self.model, self.sampling, self.generator = model, sampling, generator
-        self.runtime, self.compiled = runtime, compiled
+        self.sampling, self.generator = sampling, generator
+        self.block_size = model.config.block_size
         self.end_of_text = tokenizer.eot
         self.assistant, self.end = special["<|assistant|>"], special["<|end|>"]
         # How long an answer may be, for which half of the context is kept free at most.
-        self.max_new_tokens = min(max_new_tokens, model.config.block_size // 2)
+        self.max_new_tokens = min(max_new_tokens, self.block_size // 2)
 
-        # Questions and answers in turn, each the ids of a whole message. Of all that is read, the
-        # cache holds the first `cached` tokens.
-        self.turns, self.cached = [], 0
-        self.cache = new_cache(model, 1, runtime.dtype, compiled)
+        # Questions and answers in turn, each the ids of a whole message; and their one sequence.
+        self.turns = []
+        self.batch = Batch(model, 1, runtime, compiled)
 
     def prompt(self):
         """Return the ids that the model continues with its answer."""
@@ -78,7 +77,7 @@ class Conversation:
     def ask(self, question):
         """Add a question, the ids of its message; return how many turns are forgotten for it, each
         a question with its answer. Raises UserError for a question that is too long."""
-        longest = self.model.config.block_size - self.max_new_tokens - 2
+        longest = self.block_size - self.max_new_tokens - 2
         if len(question) > longest:
             raise UserError(f"this message has {len(question):,} tokens, and the model can read "
                             f"{longest:,}; shorten it")
@@ -86,23 +85,30 @@ class Conversation:
 
         # Forget the oldest turns where there is no room for an answer.
         forgotten = 0
-        while len(self.prompt()) + self.max_new_tokens > self.model.config.block_size:
+        while len(self.prompt()) + self.max_new_tokens > self.block_size:
             del self.turns[:2]
             forgotten += 1
-            self.cached = 0
+            self.batch.remove(0)
         return forgotten
 
     def answer(self):
         """Yield the ids of the answer to the last question, as they are drawn."""
+        # What the sequence lacks of the conversation: where nothing was forgotten, its end.
         prompt, answer = self.prompt(), []
-        steps = generate(self.model, prompt, [self.generator], self.max_new_tokens, self.sampling,
-                         self.end, self.runtime, self.compiled, self.cache, self.cached)
-        for [new_id] in steps:
+        if self.batch.sequences[0] is None:
+            self.batch.add(prompt, self.sampling, self.generator)
+        else:
+            read = len(self.batch.sequences[0].ids)
+            self.batch.extend(0, prompt[read:])
+
+        # The answer; <|end|> follows where the model did not come to it.
+        for _ in range(self.max_new_tokens):
+            new_id, = self.batch.step()
+            if new_id == self.end:
+                break
             answer.append(new_id)
             yield new_id
         self.turns.append([self.assistant, *answer, self.end])
-        # The last id of an answer that was cut short has not been read.
-        self.cached = len(prompt) + max(0, len(answer) - 1)
 
 
 class TokenPrinter:

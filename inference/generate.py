@@ -1,209 +1,255 @@
-"""Generate tokens: a prompt's token ids in, new token ids out, by prefill, decode and sampling.
+"""Generate tokens: prompts' token ids in, new token ids out, by prefill, decode and sampling.
 
     sampling = Sampling(temperature=0.8, top_k=200, top_p=1.0, vocab_size=tokenizer.vocab_size)
-    for new_ids in generate(model, prompt_ids, generators, 500, sampling, tokenizer.eot, runtime):
+    for new_ids in generate(model, prompts, generators, 500, sampling, tokenizer.eot, runtime):
         ...  # one id for each sample; None for a sample that has ended
 
-`prefill` reads a whole prompt at once and fills the cache of keys and values; `decode` then reads
-one token at a time; `sample_ids` draws the next token from the logits that either of them returns.
+`prefill` reads a prompt at once and fills the cache of keys and values; `decode` then reads one
+token of each sequence at a time; `sample_ids` draws the next token from its logits. A Batch holds
+the sequences. Each has a row of the cache, a position and settings of its own, so that a sequence
+may begin while others go on (continuous batching: Yu et al. 2022, Orca):
 
-Sizes: B samples, T tokens, C channels, V vocabulary, k candidates.
+    batch = Batch(model, rows=8, runtime)
+    row = batch.add(prompt_ids, sampling, torch.Generator().manual_seed(7))
+    new_ids = batch.step()  # the next id of each row; None where no sequence is
+    batch.remove(row)       # another sequence may have this row
+
+A sequence's text depends on its prompt, its settings and its generator alone, but for rounding.
+
+Sizes: B rows, T tokens, C channels, V vocabulary.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from configurator import UserError
+from inference.sampling import Sampling, sample_ids, stack_settings
 
 
-class Sampling(NamedTuple):
-    """How to draw the next token from the model's logits."""
-    temperature: float  # divides the logits; 0: always take the most probable token
-    top_k: int  # draw among this many most probable tokens; 0: among all
-    top_p: float  # nucleus sampling: the smallest set of tokens with this total probability; 1: off
-    vocab_size: int  # ids from here on only pad the embedding and are never drawn
-
-
-@torch.inference_mode()
-def generate(model, prompt_ids, generators, max_new_tokens, sampling, end_of_text, runtime,
-             compiled=False, cache=None, cached=0):
+def generate(model, prompts, generators, max_new_tokens, sampling, end_of_text, runtime,
+             compiled=False):
     """Yield a list for each new token: the next id of each sample, or None once it has ended.
 
-    prompt_ids: the prompt of all samples, at least one id. generators: one random generator for
-    each of the B samples. A sample ends at the id end_of_text (None: never); generation ends when
-    all samples have, or after max_new_tokens. compiled: compile the decoding. cache: from
-    new_cache, where another call has filled it: with the keys and values of the prompt's first
-    `cached` tokens, but not of all. Raises UserError where the logits are not finite.
-
-    The model sees a window of at most block_size tokens: at first the end of the prompt. Each time
-    the window outgrows block_size, it becomes the newest half block, and positions start at 0
-    again. A window that moved by one token would shift every position, and so need a prefill for
-    every token.
+    prompts: the ids of each sample's prompt, at least one. generators: the random generator of each
+    sample. A sample ends at the id end_of_text (None: never); generation ends when all samples
+    have, or after max_new_tokens. compiled: compile the decoding. Raises UserError where the logits
+    are not finite.
     """
-    B, block_size, device = len(generators), model.config.block_size, runtime.device
-    sequences = [list(prompt_ids) for _ in range(B)]  # the prompt and what follows it
-    has_ended = [False] * B
-    # The window begins at this token; the cache holds keys and values of its first `cached` tokens.
-    window_start = max(0, len(prompt_ids) - block_size)
-    if cache is None:
-        cache = new_cache(model, B, runtime.dtype, compiled)
-    decode_step = decode_and_sample
-    if compiled:
-        decode_step = compile_decode_step(device)
-
-    for number in range(max_new_tokens):
-        # Forget the older half of the window when it has outgrown block_size.
-        length = len(sequences[0])
-        if length - window_start > block_size:
-            window_start = length - (block_size + 1) // 2
-            cached = 0
-
-        # Sample the next token of each sequence: after a prefill at first and where nothing is
-        # cached, else after decoding the newest token.
-        uniforms = draw_uniforms(generators).to(runtime.sampling_device)  # (B,)
-        if number == 0 or cached == 0:
-            windows = [sequence[window_start + cached:] for sequence in sequences]
-            # At first all windows are the prompt: read it once.
-            if number == 0:
-                windows = windows[:1]
-            tokens = torch.tensor(windows, device=device)  # (B, T), at first (1, T)
-            logits = prefill(model, tokens, cache, runtime, cached)  # (B, V)
-            ids, is_finite = sample_ids(logits, uniforms, sampling)  # (B,), ()
-        else:
-            tokens = torch.tensor([sequence[-1] for sequence in sequences], device=device)  # (B,)
-            ids, is_finite = decode_step(model, tokens, cache, cached, uniforms, sampling, runtime)
-        cached = length - window_start
-
-        # Fetch the ids, and pass on those of the samples that have not ended.
-        new_ids = fetch_ids(ids, is_finite, runtime)
-        for i, new_id in enumerate(new_ids):
-            sequences[i].append(new_id)
-            if new_id == end_of_text:
-                has_ended[i] = True
-            if has_ended[i]:
-                new_ids[i] = None
-        if all(has_ended):
+    batch = Batch(model, len(prompts), runtime, compiled)
+    for prompt_ids, generator in zip(prompts, generators, strict=True):
+        batch.add(prompt_ids, sampling, generator)
+    for _ in range(max_new_tokens):
+        new_ids = batch.step()
+        for row, new_id in enumerate(new_ids):
+            if new_id is not None and new_id == end_of_text:
+                batch.remove(row)
+                new_ids[row] = None
+        if not any(batch.sequences):
             return
         yield new_ids
 
 
-def draw_uniforms(generators):
-    """Return one random number in [0, 1) from each generator, (B,) float64."""
-    return torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
+@dataclass
+class Sequence:
+    """A text that is being generated."""
+    ids: list  # the prompt and what follows it
+    sampling: Sampling
+    generator: torch.Generator  # on the CPU; gives one number for each token
+    window_start: int  # the model sees the ids from here on
+    cached: int = 0  # of so many of these ids the cache has the keys and values
 
 
-def prefill(model, prompt_ids, cache, runtime, start=0):
-    """Read whole prompts in one pass and fill the cache. Return the next token's logits, (B, V).
+class Batch:
+    """Sequences that are generated together, each in a row of one cache.
 
-    prompt_ids: (B, T), which get the positions from `start` on; or (1, T), one prompt for all B
-    rows of the cache. cache: from new_cache; it holds what is before them.
+    The model sees a window of at most block_size tokens of a sequence: at first the end of the
+    prompt. Each time the window outgrows block_size, it becomes the newest half block, and
+    positions start at 0 again. A window that moved by one token would shift every position, and so
+    need a prefill for every token.
     """
-    rows = len(prompt_ids)
-    part = [(k[:rows], v[:rows]) for k, v in cache]
+
+    def __init__(self, model, rows, runtime, compiled=False):
+        """rows: how many sequences there may be at once. compiled: compile the decoding."""
+        self.model, self.runtime, self.compiled = model, runtime, compiled
+        self.sequences = [None] * rows
+        self.logits = None  # of the last step, (B, V); for each row, before the settings
+        self.settings = None  # of the rows in a step; None: they have changed
+        self.seen = None  # (rows, V), True for the ids of a row's text; None: no row needs it
+        if compiled:
+            self.cache = make_static_cache(model, rows, runtime.dtype)
+            self.decode_step = compile_decode_step()
+        else:
+            self.cache = model.make_cache(rows, runtime.dtype)
+            self.decode_step = decode_and_sample
+
+    def add(self, prompt_ids, sampling, generator):
+        """Begin a sequence in a free row, and return the number of the row. It is read in the next
+        step. prompt_ids: at least one. generator: of its random numbers, on the CPU."""
+        row = self.sequences.index(None)
+        window_start = max(0, len(prompt_ids) - self.model.config.block_size)
+        self.sequences[row] = Sequence(list(prompt_ids), sampling, generator, window_start)
+        self.settings = None
+        # The repetition penalty counts the prompt.
+        if sampling.repetition_penalty != 1 and self.seen is None:
+            self.seen = torch.zeros(len(self.sequences), sampling.vocab_size, dtype=torch.bool,
+                                    device=self.runtime.sampling_device)
+        if self.seen is not None:
+            self.seen[row] = False
+            self.seen[row, list(prompt_ids)] = True
+        return row
+
+    def extend(self, row, ids):
+        """Add ids to the end of a row's sequence, which the model then continues."""
+        self.sequences[row].ids += ids
+        if self.seen is not None:
+            self.seen[row, ids] = True
+
+    def remove(self, row):
+        """End the sequence of a row."""
+        self.sequences[row] = None
+        self.settings = None
+
+    @torch.inference_mode()
+    def step(self):
+        """Draw the next id of each sequence. Return a list: the id of each row, None where no
+        sequence is. Raises UserError where the logits are not finite."""
+        # Read all but the newest token of each sequence.
+        for row, sequence in enumerate(self.sequences):
+            if sequence is not None:
+                self.read(row, sequence)
+
+        # Decode the newest tokens, and draw the next ones.
+        rows = self.rows_to_decode()
+        if self.settings is None:
+            samplings = [sequence.sampling for sequence in rows]
+            self.settings = stack_settings(samplings, self.runtime.sampling_device)
+        tokens = torch.tensor([sequence.ids[-1] for sequence in rows], device=self.runtime.device)
+        uniforms = self.draw_uniforms(rows)  # (B,)
+        seen = None
+        if self.seen is not None:
+            seen = self.seen[:len(rows)]  # (B, V)
+        ids, is_finite, self.logits = self.decode_step(
+            self.model, tokens, *self.cache_and_start(rows), uniforms, self.settings, seen,
+            self.runtime)  # (B,), (), (B, V)
+        if seen is not None:
+            seen[torch.arange(len(ids), device=ids.device), ids] = True
+
+        # Add the ids to their sequences.
+        new_ids = [None] * len(self.sequences)
+        for row, new_id in enumerate(fetch_ids(ids, is_finite, self.runtime)):
+            if self.sequences[row] is not None:
+                new_ids[row] = new_id
+                rows[row].ids.append(new_id)
+                rows[row].cached += 1
+        return new_ids
+
+    def read(self, row, sequence):
+        """Read what the model has not read of a sequence, but its newest token."""
+        # Forget the older half of the window when it has outgrown block_size.
+        block_size = self.model.config.block_size
+        if len(sequence.ids) - sequence.window_start > block_size:
+            sequence.window_start = len(sequence.ids) - (block_size + 1) // 2
+            sequence.cached = 0
+        window = sequence.ids[sequence.window_start:-1]
+        if len(window) == sequence.cached:
+            return
+
+        # Where the row before holds the same, as for several samples of a prompt, copy it.
+        end, before = len(window), self.sequences[row - 1]
+        if row > 0 and before is not None and before.cached >= end and \
+                before.ids[before.window_start:][:end] == window:
+            for k, v in self.cache:
+                k[row, :, :end] = k[row - 1, :, :end]
+                v[row, :, :end] = v[row - 1, :, :end]
+        else:
+            prefill(self.model, window[sequence.cached:], self.cache, row, self.runtime,
+                    sequence.cached)
+        sequence.cached = end
+
+    def rows_to_decode(self):
+        """Return the sequence of each row, up to the last one. A free row repeats a sequence; what
+        is drawn there is not used."""
+        taken = [row for row, sequence in enumerate(self.sequences) if sequence is not None]
+        # A compiled step has the same shapes each time.
+        count = len(self.sequences)
+        if not self.compiled:
+            count = taken[-1] + 1
+        stand_in = self.sequences[taken[0]]
+        return [sequence or stand_in for sequence in self.sequences[:count]]
+
+    def draw_uniforms(self, rows):
+        """Return a random number in [0, 1) for each row, (B,) float64, on the sampling device."""
+        uniforms = []
+        for row in range(len(rows)):
+            uniform = 0.0
+            if self.sequences[row] is not None:
+                uniform = draw_uniform(self.sequences[row].generator)
+            uniforms.append(uniform)
+        return torch.tensor(uniforms, dtype=torch.float64, device=self.runtime.sampling_device)
+
+    def cache_and_start(self, rows):
+        """Return the part of the cache that decoding reads, and the positions of the tokens."""
+        positions = [sequence.cached for sequence in rows]
+        start = torch.tensor(positions, device=self.runtime.device)  # (B,)
+        if self.compiled:
+            return self.cache, start
+        B, end = len(rows), 1 + max(positions)
+        part = [(k[:B, :, :end], v[:B, :, :end]) for k, v in self.cache]
+        # An int needs no mask.
+        if min(positions) == max(positions):
+            return part, positions[0]
+        return part, start
+
+
+def draw_uniform(generator):
+    """Return a random number in [0, 1) with 53 bits."""
+    return torch.rand((), dtype=torch.float64, generator=generator).item()
+
+
+def prefill(model, ids, cache, row, runtime, start=0):
+    """Read ids, a list, in one pass: write their keys and values into a row of the cache, at the
+    positions from `start` on. cache: from model.make_cache; it holds what is before them."""
+    tokens = torch.tensor([ids], device=runtime.device)  # (1, T)
+    part = [(k[row:row + 1], v[row:row + 1]) for k, v in cache]
     with runtime.autocast():
-        x = model.hidden(prompt_ids, part, start)  # (rows, T, C)
-        logits = model.head(x[:, -1])  # (rows, V)
-
-    # One prompt for all: give each row of the cache its keys and values.
-    B = len(cache[0][0])
-    if rows < B:
-        for k, v in cache:
-            k[1:], v[1:] = k[:1], v[:1]
-    return logits.expand(B, -1)  # (B, V)
+        model.hidden(tokens, part, start)
 
 
-def decode(model, tokens, cache, position, runtime):
+def decode(model, tokens, cache, start, runtime):
     """Read one token of each sequence, (B,), and return the next token's logits, (B, V).
 
-    position: that of the tokens, before which the cache holds all keys and values; an int, or an
-    int64 tensor () for the same shapes at every position (see model.hidden).
+    start: the tokens' positions, before which the cache holds all keys and values: (B,) int64; or
+    an int, where all are the same (see model.hidden).
     """
     with runtime.autocast():
-        x = model.hidden(tokens[:, None], cache, position)  # (B, 1, C)
+        x = model.hidden(tokens[:, None], cache, start)  # (B, 1, C)
         return model.head(x[:, -1])  # (B, V)
 
 
-def decode_and_sample(model, tokens, cache, position, uniforms, sampling, runtime):
-    """`decode`, then `sample_ids`: all that happens on the device for one token of each sample."""
-    logits = decode(model, tokens, cache, position, runtime)  # (B, V)
-    return sample_ids(logits, uniforms, sampling)  # (B,), ()
-
-
-def new_cache(model, batch_size, dtype, compiled):
-    """Return an empty cache of keys and values for `generate`."""
-    if compiled:
-        return make_static_cache(model, batch_size, dtype)
-    return model.make_cache(batch_size, dtype)
+def decode_and_sample(model, tokens, cache, start, uniforms, settings, seen, runtime):
+    """`decode`, then `sample_ids`: all that happens on the device for one token of each sequence.
+    Return (ids (B,), are all logits finite (), logits (B, V))."""
+    logits = decode(model, tokens, cache, start, runtime)  # (B, V)
+    ids, is_finite = sample_ids(logits, uniforms, settings, seen)  # (B,), ()
+    return ids, is_finite, logits
 
 
 @lru_cache(maxsize=2)  # the usual batch of samples, and the last one, which may be smaller
-def make_static_cache(model, batch_size, dtype):
-    """Return a cache for compiled decoding: the same one in each call, as the addresses of its
+def make_static_cache(model, rows, dtype):
+    """Return a cache for compiled decoding: the same one for each Batch, as the addresses of its
     tensors are part of a CUDA graph. Torch is told that they stay, or it would copy the cache."""
-    cache = model.make_cache(batch_size, dtype)
+    cache = model.make_cache(rows, dtype)
     for k, v in cache:
         torch._dynamo.mark_static_address(k)
         torch._dynamo.mark_static_address(v)
     return cache
 
 
-def compile_decode_step(device):
-    """Return decode_and_sample compiled; on CUDA into one graph, which costs a single launch.
-
-    The graph needs the same shapes for every token. Therefore it gets the position as a tensor.
-    """
-    compiled = torch.compile(decode_and_sample, mode="reduce-overhead", fullgraph=True)
-    position_tensor = torch.zeros((), dtype=torch.int64, device=device)
-
-    def decode_step(model, tokens, cache, position, uniforms, sampling, runtime):
-        position_tensor.fill_(position)
-        return compiled(model, tokens, cache, position_tensor, uniforms, sampling, runtime)
-
-    return decode_step
-
-
-def sample_ids(logits, uniforms, sampling):
-    """Draw one id for each row of logits (B, V). Return (ids (B,) int64, are all logits finite ()).
-
-    The distribution is softmax(logits / temperature), cut to the top_k most probable tokens and
-    then to the nucleus of top_p (Holtzman et al. 2020, section 3.1). It is drawn from by inversion:
-    uniforms, (B,) float64 in [0, 1), is looked up in the cumulative distribution. So a seed, which
-    gives the uniforms, means the same on every device and for every batch size. The drawing
-    happens on the uniforms' device.
-    """
-    # Leave out the ids that only pad the vocabulary.
-    logits = logits[:, :sampling.vocab_size].float().to(uniforms.device)  # (B, V)
-    is_finite = logits.isfinite().all()  # ()
-    # Greedy: nothing is drawn.
-    if sampling.temperature == 0 or sampling.top_k == 1:
-        return logits.argmax(-1), is_finite
-
-    # Keep the k most probable candidates. Sort them where their order matters, for the nucleus.
-    k = vocab_size = logits.shape[-1]
-    if sampling.top_k > 0:
-        k = min(sampling.top_k, vocab_size)
-    if k < vocab_size or sampling.top_p < 1:
-        logits, candidates = logits.topk(k)  # each (B, k), the largest first
-    else:
-        candidates = torch.arange(k, device=logits.device).expand_as(logits)  # (B, k)
-
-    # The cumulative probabilities. Subtract the largest logit first, or a tiny temperature would
-    # overflow.
-    logits = logits.double()
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # (B, k)
-    cumulative = torch.softmax(logits, -1).cumsum(-1)  # (B, k)
-    total = cumulative[:, -1:]  # (B, 1)
-
-    # The nucleus ends at the first candidate at which the probabilities sum to top_p.
-    if sampling.top_p < 1:
-        last = torch.searchsorted(cumulative, sampling.top_p * total).clamp(max=k - 1)  # (B, 1)
-        total = cumulative.gather(-1, last)  # (B, 1)
-
-    # Draw: the first candidate whose cumulative probability is above the uniform number.
-    drawn = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)  # (B, 1)
-    return candidates.gather(-1, drawn.clamp(max=k - 1))[:, 0], is_finite
+def compile_decode_step():
+    """Return decode_and_sample compiled; on CUDA into one graph, which costs a single launch."""
+    return torch.compile(decode_and_sample, mode="reduce-overhead", fullgraph=True)
 
 
 def fetch_ids(ids, is_finite, runtime):

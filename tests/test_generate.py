@@ -9,7 +9,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from inference import generate as generation
-from inference.generate import Sampling, cast_weights, decode_and_sample, generate, sample_ids
+from inference.generate import Batch, cast_weights, decode_and_sample, generate
+from inference.sampling import Sampling, sample_ids, stack_settings
 from model import GPT, GPTConfig
 from runtime.processes import Runtime
 
@@ -19,21 +20,22 @@ END = V - 1  # the id of end of text
 
 
 class Scripted:
-    """Stands in for a model: `script(number of the step)` gives the logits; keeps what it saw."""
+    """Stands in for a model: `script(number of the step)` gives the logits; keeps the windows."""
 
     def __init__(self, script, block_size=BLOCK):
         self.config = GPTConfig(block_size=block_size)
-        self.script, self.seen = script, []
+        self.script, self.seen, self.window = script, [], []
 
     def make_cache(self, batch_size, dtype):
         return [(torch.zeros(batch_size, 1, self.config.block_size, 1, dtype=dtype),) * 2]
 
     def hidden(self, tokens, cache, start):
-        self.seen.append((self.seen[-1] if start else []) + tokens[0].tolist())
-        assert len(self.seen[-1]) == start + tokens.shape[1]
+        self.window = self.window[:start] + tokens[0].tolist()
+        assert len(self.window) == start + tokens.shape[1]
         return torch.zeros(*tokens.shape, 1)
 
     def head(self, x):
+        self.seen.append(self.window)
         return torch.as_tensor(self.script(len(self.seen) - 1), dtype=torch.float32).expand(
             len(x), -1)
 
@@ -42,7 +44,7 @@ def run_scripted(model, ids=(1,), count=5, temperature=0.0, top_k=0, seed=1, voc
                  end_of_text=END):
     sampling = Sampling(temperature, top_k, 1.0, vocab_size)
     generators = [torch.Generator().manual_seed(seed)]
-    steps = generate(model, ids, generators, count, sampling, end_of_text, CPU)
+    steps = generate(model, [ids], generators, count, sampling, end_of_text, CPU)
     return [token for token, in steps]
 
 
@@ -107,7 +109,8 @@ def run_model(model, ids, count, seeds, temperature=0.0, compiled=False, runtime
     """The new tokens of each sample; without an end of text."""
     sampling = Sampling(temperature, 0, 1.0, V)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    steps = generate(model, ids, generators, count, sampling, None, runtime, compiled)
+    prompts = [ids] * len(seeds)
+    steps = generate(model, prompts, generators, count, sampling, None, runtime, compiled)
     return [list(row) for row in zip(*steps, strict=True)]
 
 
@@ -118,7 +121,7 @@ def uncached(model, ids, count, seed, temperature):
         seen = torch.tensor([ids[-window_length(len(ids), prompt):]])
         uniform = torch.rand(1, dtype=torch.float64, generator=generator)
         new_ids, _ = sample_ids(model.logits(seen)[:, -1], uniform,
-                                Sampling(temperature, 0, 1.0, V))
+                                stack_settings([Sampling(temperature, 0, 1.0, V)], "cpu"))
         ids.append(int(new_ids))
     return ids[prompt:]
 
@@ -146,12 +149,55 @@ def test_cached_and_batched_sampling_is_uncached_sampling_past_the_block(bias, p
     assert run(seeds[1:2]) == expected[1:2]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_text_is_the_same_alone_and_among_others_that_begin_and_end_when_they_like(
+        compiled, monkeypatch):
+    """Sequences of unequal length, each with a seed and settings of its own, join and leave."""
+    monkeypatch.setattr(generation.torch, "compile", lambda step, **options: step)
+    model, count = random_model(), 13
+    digits = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    jobs = []  # (prompt, settings, seed)
+    for seed, length in enumerate((1, 5, 11, 5, 7, 2)):
+        sampling = Sampling([0.0, 1.0, 2.0][seed % 3], [0, 7][seed % 2], [0.9, 1.0][seed // 3], V,
+                            [0.0, 0.05][seed % 2], [1.0, 1.3][seed // 4])
+        jobs.append((digits[:length], sampling, seed))
+
+    def write(batch, job):
+        prompt, sampling, seed = job
+        return batch.add(prompt, sampling, torch.Generator().manual_seed(seed))
+
+    alone = []
+    for job in jobs:
+        batch = Batch(model, 1, CPU)
+        write(batch, job)
+        alone.append([batch.step()[0] for _ in range(count)])
+    assert len({tuple(text) for text in alone}) == len(jobs)
+
+    # Three rows: a new sequence every two steps, where there is room.
+    batch, waiting, texts, job_of = Batch(model, 3, CPU, compiled), list(enumerate(jobs)), {}, {}
+    for step in range(200):
+        if waiting and None in batch.sequences and step % 2 == 0:
+            number, job = waiting.pop(0)
+            job_of[write(batch, job)] = number
+        if not any(batch.sequences):
+            continue
+        for row, new_id in enumerate(batch.step()):
+            assert (new_id is None) == (batch.sequences[row] is None)
+            if new_id is not None:
+                text = texts.setdefault(job_of[row], [])
+                text.append(new_id)
+                if len(text) == count:
+                    batch.remove(row)
+    assert [texts[number] for number in range(len(jobs))] == alone
+
+
 def test_a_sample_that_has_ended_leaves_the_others_as_they_are():
     model = random_model()
 
     def run(seeds, end_of_text):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        steps = generate(model, [3, 1], generators, 13, Sampling(1.0, 0, 1.0, V), end_of_text, CPU)
+        steps = generate(model, [[3, 1]] * 3, generators, 13, Sampling(1.0, 0, 1.0, V),
+                         end_of_text, CPU)
         return list(zip(*steps, strict=True))
 
     rows = run((1, 2, 3), None)
@@ -191,7 +237,7 @@ def test_an_untied_embedding_stays_float32_and_with_it_the_residual_stream():
 def draw_one(logits, temperature, top_k, generator, top_p=1.0):
     uniform = torch.rand(1, dtype=torch.float64, generator=generator)
     sampling = Sampling(temperature, top_k, top_p, len(logits))
-    ids, _ = sample_ids(torch.as_tensor(logits)[None], uniform, sampling)
+    ids, _ = sample_ids(torch.as_tensor(logits)[None], uniform, stack_settings([sampling], "cpu"))
     return int(ids)
 
 
@@ -221,7 +267,8 @@ def test_top_p_is_a_share_of_the_top_k():
 def test_each_uniform_number_is_looked_up_in_the_cumulative_distribution():
     logits = torch.tensor([[math.log(p) for p in (0.25, 0.5, 0.25)] + [-math.inf]]).expand(5, -1)
     uniforms = torch.tensor([0.0, 0.2, 0.3, 0.7, 1 - 2**-53], dtype=torch.float64)
-    ids, is_finite = sample_ids(logits, uniforms, Sampling(1.0, 0, 1.0, 4))
+    settings = stack_settings([Sampling(1.0, 0, 1.0, 4)] * 5, "cpu")
+    ids, is_finite = sample_ids(logits, uniforms, settings)
     assert ids.tolist() == [0, 0, 1, 1, 2] and not is_finite
 
 
@@ -234,8 +281,8 @@ def test_samples_follow_the_softmax_over_the_top_k():
     assert frequencies(logits, 0.5, 0) == pytest.approx([p / 0.3 for p in squares], abs=0.05)
 
 
-def test_top_k_takes_exactly_k_of_equals():
-    assert sum(share > 0 for share in frequencies([1.0] * 5, 1.0, 2, count=300)) == 2
+def test_top_k_keeps_what_is_as_probable_as_its_last():
+    assert sum(share > 0 for share in frequencies([1.0] * 5 + [0.0], 1.0, 2, count=300)) == 5
 
 
 def test_top_1_is_greedy():
@@ -272,7 +319,7 @@ def test_compiled_decoding_keeps_its_cache_from_batch_to_batch(monkeypatch):
     first = run_model(model, [3, 1], 5, (1, 2), compiled=True)
     run_model(model, [5], 5, (3,), compiled=True)
     assert run_model(model, [3, 1], 5, (1, 2), compiled=True) == first
-    assert len(caches) == 12 and len({id(cache) for cache in caches[:4] + caches[8:]}) == 1
+    assert len(caches) == 15 and len({id(cache) for cache in caches[:5] + caches[10:]}) == 1
 
 
 def test_a_decoding_step_writes_into_the_cache_and_does_not_copy_it():
@@ -287,7 +334,7 @@ def test_a_decoding_step_writes_into_the_cache_and_does_not_copy_it():
     step = torch.compile(decode_and_sample, fullgraph=True, backend=aot_autograd(fw_compiler=note))
     model = random_model()
     with torch.no_grad():
-        step(model, torch.tensor([1, 2]), model.make_cache(2), torch.tensor(5),
-             torch.zeros(2), Sampling(0.0, 0, 1.0, V), CPU)
-    assert targets.count("aten.index_copy.default") == 4  # two layers
+        step(model, torch.tensor([1, 2]), model.make_cache(2), torch.tensor([5, 2]),
+             torch.zeros(2), stack_settings([Sampling(0.0, 0, 1.0, V)] * 2, "cpu"), None, CPU)
+    assert targets.count("aten.index_put.default") == 4  # two layers
     assert not [target for target in targets if "scatter" in target]

@@ -68,7 +68,9 @@ class Typist:
 
     def hidden(self, tokens, cache, start):
         if start == 0:
-            self.prompt, self.written = bytes(tokens[0].tolist()).decode(), 0
+            self.prompt, self.written = "", 0
+        if self.written == 0:
+            self.prompt += bytes(tokens[0].tolist()).decode()
         return torch.zeros(*tokens.shape, 1)
 
     def head(self, x):

@@ -224,6 +224,26 @@ def test_with_a_switch_cached_is_uncached(changes):
 
 @each_switch
 @torch.no_grad()
+def test_with_a_switch_each_row_may_be_at_a_position_of_its_own(changes):
+    """One row is five tokens ahead of the other; both read one token at a time, then three."""
+    model = make(**changes).double().eval()
+    tokens, _ = batch(BLOCK)
+    expected, cache = model.logits(tokens), model.make_cache(B)
+    for part in (part for layer in cache for part in layer):
+        part.fill_(1e3)
+    for row, length in ((0, 6), (1, 1)):
+        model.hidden(tokens[row:row + 1, :length], [(k[row:row + 1], v[row:row + 1])
+                                                    for k, v in cache])
+    for start, count in ((0, 1), (1, 1), (2, 3), (5, 1)):
+        positions = torch.tensor([6, 1]) + start
+        columns = positions[:, None] + torch.arange(count)
+        x = model.hidden(tokens.gather(1, columns), cache, positions)
+        found = expected.gather(1, columns[..., None].expand(-1, -1, V))
+        torch.testing.assert_close(model.head(x), found)
+
+
+@each_switch
+@torch.no_grad()
 def test_with_a_switch_bfloat16_is_close_to_float32(changes):
     model = make(spread=0.1, **changes).eval()
     tokens, targets = batch(BLOCK)
@@ -343,7 +363,7 @@ def check_shape_comments(path, module):
                 if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return)):
                     for line in range(node.lineno, node.end_lineno + 1):
                         statements[line] = node
-    sizes = {"B": B, "T": T, "V": V, "N": B * T}
+    sizes = {"B": B, "T": T, "V": V, "N": B * T, "R": 1}
     reached, right, complaints = set(), set(), {}  # complaints: a set in order
 
     def check(node, values):
@@ -401,9 +421,11 @@ def check_shape_comments(path, module):
             gpt(tokens, targets)
             gpt.logits(tokens)
             cache = gpt.make_cache(B)
-            for start in (0, 3, torch.tensor(3)):
+            for start in (0, 3, torch.tensor(3), torch.tensor([1, 3])):
                 sizes["S"] = BLOCK if isinstance(start, torch.Tensor) else start + T
+                sizes["R"] = B if isinstance(start, torch.Tensor) and start.dim() else 1
                 gpt.hidden(tokens, cache, start)
+            sizes["R"] = 1
             gpt.document_start = 3
             gpt.logits(tokens)
         finally:
@@ -428,12 +450,14 @@ def test_every_shape_comment_of_the_forward_pass_is_right():
     ("(B, H, T, D), (B, K, T, D)", "(B, H, T, D), (B, T, K, D)", "is (2, 3, 5, 7)"),
     ("# (B, K, T)", "# (B, T, K)", "(B, T, K) is (2, 3, 5)"),
     ("# each (..., T, D/2)", "# each (..., T, D)", "is (2, 9, 5, 2)"),
-    ("# each (T, D/2)", "# each (D/2, T)", "(D/2, T) is (5, 2)"),
+    ("D/2)\n    return angles.cos(), angles.sin()  # each (R, 1, T, D/2)",
+     "D/2)\n    return angles.cos(), angles.sin()  # each (R, 1, D/2, T)", "is (1, 1, 5, 2)"),
     ("# (B*T, C)", "# (B, T, C)", "(B, T, C) is (10, 21)"),
     ("# (..., V)", "# (..., C)", "(..., C) is (10, 11)"),
-    ("# (T,)", "# positions", "no shape comment"),
+    ("+ start  # (R, T)", "+ start  # positions", "no shape comment"),
+    ("+ start  # (R, T)", "+ start  # (B, T)", "(B, T) is (1, 5)"),
     ("k, v = cache  # each (B, K, S, D)", "k, v = cache  # each (B, K, T, D)", "(2, 3, 8, 7)"),
-    ("# (T, S)", "# (S, T)", "(S, T) is (5, 8)"),
+    ("# (R, T, S)", "# (R, S, T)", "(R, S, T) is (1, 5, 8)"),
     ("# (B, 1, T, T)", "# (B, H, T, T)", "(B, H, T, T) is (2, 1, 5, 5)"),
     ("return self.head(self.hidden(tokens))  # (B, T, V)",
      "return self.head(self.hidden(tokens))", "no shape comment"),
