@@ -3,30 +3,36 @@
     python sample.py --out_dir=out/stdlib --start="def main("
     python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0
     echo "ROMEO:" | python sample.py --start=- --out_dir=out/shakespeare_char
-    python sample.py --chat=True --out_dir=out/chats
+    python sample.py --interactive=True           # talk with the model, or write a text together
+    python sample.py --show_probs=True            # how probable each token was, and the runners-up
+    python sample.py --prompts=questions.jsonl --out=answers.jsonl
 """
 
 import sys
+import time
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
-import torch
-
 from configurator import UserError, check_settings, run
 from exchange.huggingface import load_gpt2
 from formats.checkpoint import load_model, read_named
-from inference.chat import Conversation, TokenPrinter, talk
-from inference.generate import Sampling, cast_weights, generate
+from inference.chat import talk
+from inference.generate import cast_weights
+from inference.probabilities import show_probabilities
+from inference.prompts import check_out, read_prompts, write_file
+from inference.sampling import Sampling
+from inference.text_stream import TextStream, read_stops, text_pieces
+from inference.writing import Writing, encode_prompt, load_drafter
 from runtime.cpu import tune_cpu
 from runtime.kernels import can_compile
 from runtime.processes import setup
-from runtime.seeds import seed_for
 from text.chat import encode_question
 from text.tokenizer import Tokenizer, gpt2_spec
 
 LIMITS = {"num_samples": ">= 1", "max_new_tokens": ">= 1", "batch_size": ">= 1",
-          "temperature": ">= 0", "top_k": ">= 0", "top_p": "> 0, <= 1",
+          "temperature": ">= 0", "top_k": ">= 0", "top_p": "> 0, <= 1", "min_p": ">= 0, <= 1",
+          "repetition_penalty": "> 0",
           "checkpoint": ("best", "latest")}
 
 
@@ -39,16 +45,23 @@ def main(
     start="\n",  # the prompt; FILE:path reads a file, - standard input; <|endoftext|> is its token
     num_samples=10,  # how many samples to draw
     max_new_tokens=500,  # most tokens to add to the prompt; a sample also ends at end of text
-    chat=False,  # talk with a model that was trained on conversations; Ctrl-D ends it
+    stop="",  # a text that ends a sample; several: a JSON list '["Q:", "\\n\\n"]'
+    interactive=False,  # answer what is typed; /help lists the commands
+    show_probs=False,  # print the probability of each token, and the runners-up
+    prompts="",  # a .jsonl file with a "prompt" in each line: samples for each, written to out
+    out="",  # the .jsonl file to write
     batch_size=10,  # samples drawn together; more need more memory, and hardly more time
     # how a token is drawn
     temperature=0.8,  # 0: always the most probable token; 1: the model's own probabilities
     top_k=200,  # draw among this many most probable tokens only; 0: among all
     top_p=1.0,  # nucleus sampling: the smallest set of tokens with this total probability; 1: off
+    min_p=0.0,  # only tokens with this share of the most probable one's probability; 0: off
+    repetition_penalty=1.0,  # makes tokens that the text has less probable, as 1.2 does; 1: off
     seed=1337,  # of the random draws; a seed means the same on every device
     # the hardware
     device="auto",  # auto, cpu, mps, cuda or, of several GPUs, cuda:1
     dtype="auto",  # of matrix products: float32, bfloat16, float16; auto: bfloat16 where native
+    draft="",  # the same text sooner: lookup, or the folder of a smaller model; docs/sampling.md
     compile="False",  # use torch.compile: True, False, or auto: where the device gains from it
 ):
     check_settings(locals(), LIMITS)
@@ -56,39 +69,47 @@ def main(
         raise UserError("standard output is closed: there is nowhere to print samples")
     # A terminal that lacks a character shows a question mark.
     sys.stdout.reconfigure(errors="replace")
+    stops = read_stops(stop)
+    entries = []
+    if prompts:
+        check_out(out)
+        entries = read_prompts(prompts)
     runtime = setup(device, dtype)
     tune_cpu(runtime.device)
 
-    # The prompt, as token ids. An empty one becomes the token with which documents begin.
+    # The prompts, as token ids.
     prompt = read_prompt(start)
     model, tokenizer = load_model_and_tokenizer(init_from, out_dir, checkpoint)
-    prompt_ids = tokenizer.encode_prompt(prompt)
-    if not prompt_ids:
-        if tokenizer.eot is None:
-            raise UserError("start='': this model has no end-of-text token; give it a prompt")
-        prompt_ids = [tokenizer.eot]
+    prompt_ids = encode_prompt(prompt, tokenizer, model)
+    ids_of_entries = [encode_prompt(entry["prompt"], tokenizer, model) for entry in entries]
 
     # The model, ready to sample from.
     model.to(runtime.device).eval()
     cast_weights(model, runtime.dtype)
-    compiled = can_compile(compile, runtime)
+    drafter = load_drafter(draft, checkpoint, tokenizer, runtime)
+    sampling = Sampling(temperature, top_k, top_p, tokenizer.vocab_size, min_p, repetition_penalty)
+    writing = Writing(model, tokenizer, sampling, stops, max_new_tokens, seed, runtime,
+                      can_compile(compile, runtime), drafter)
 
-    # A conversation.
-    sampling = Sampling(temperature, top_k, top_p, tokenizer.vocab_size)
-    if chat:
-        generator = torch.Generator().manual_seed(seed_for(seed, "sample", 0))
-        conversation = Conversation(model, tokenizer, max_new_tokens, sampling, generator, runtime,
-                                    compiled)
-        return talk(conversation, partial(encode_question, tokenizer), tokenizer)
-
-    # The samples, a batch at a time. Each has a generator of its own, so that it is the same
-    # whatever the batch size is.
-    for first in range(0, num_samples, batch_size):
-        numbers = range(first, min(first + batch_size, num_samples))
-        generators = [torch.Generator().manual_seed(seed_for(seed, "sample", i)) for i in numbers]
-        steps = generate(model, [prompt_ids] * len(numbers), generators, max_new_tokens, sampling,
-                         tokenizer.eot, runtime, compiled)
-        print_samples(steps, len(numbers), prompt_ids, tokenizer)
+    # One of the three ways to use it, or the samples, a batch at a time.
+    if interactive:
+        return talk(writing, partial(encode_question, tokenizer), LIMITS)
+    begun, tokens = time.perf_counter(), 0
+    if entries:
+        tokens = write_file(writing, entries, ids_of_entries, out, num_samples, batch_size)
+    elif show_probs:
+        for number in range(num_samples):
+            tokens += show_probabilities(writing, prompt_ids, number)
+    else:
+        if drafter is not None:
+            batch_size = 1
+        for first in range(0, num_samples, batch_size):
+            numbers = range(first, min(first + batch_size, num_samples))
+            tokens += print_samples(writing.steps(prompt_ids, numbers), len(numbers), prompt_ids,
+                                    tokenizer, stops)
+    seconds = time.perf_counter() - begun
+    print(f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.1f} tokens/s",
+          file=sys.stderr)
 
 
 def read_prompt(start):
@@ -136,27 +157,23 @@ def newest_run(folder):
     return max(pointers, key=lambda path: path.stat().st_mtime).parent
 
 
-def print_samples(steps, count, prompt_ids, tokenizer):
-    """Print a batch of `count` samples. steps: what `generate` yields."""
+def print_samples(steps, count, prompt_ids, tokenizer, stops=()):
+    """Print a batch of `count` samples. steps: what `generate` yields. Return how many tokens were
+    drawn."""
     # Print the first sample while it is drawn, and collect the others.
-    printer = TokenPrinter(tokenizer)
-    printer.print(prompt_ids)
-    other_samples = [[] for _ in range(count - 1)]
-    for first_id, *other_ids in steps:
-        if first_id is not None:
-            printer.print([first_id])
-        for sample, new_id in zip(other_samples, other_ids, strict=True):
-            if new_id is not None:
-                sample.append(new_id)
-    printer.end()
-    print("---------------", flush=True)
+    streams = [TextStream(tokenizer, stops) for _ in range(count)]
+    texts = [stream.prompt(prompt_ids) for stream in streams]
+    print(texts[0], end="", flush=True)
+    for pieces in text_pieces(steps, streams):
+        print(pieces[0], end="", flush=True)
+        for i, piece in enumerate(pieces):
+            texts[i] += piece
+    print("\n---------------", flush=True)
 
     # Print the others.
-    for sample in other_samples:
-        printer = TokenPrinter(tokenizer)
-        printer.print(prompt_ids + sample)
-        printer.end()
-        print("---------------", flush=True)
+    for text in texts[1:]:
+        print(f"{text}\n---------------", flush=True)
+    return sum(stream.count for stream in streams)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 # also the reference that it must not move far away from.
 #   python prepare.py --input=pairs.jsonl --dataset=pairs --format=preference --tokenizer=out/sft
 #   python train.py config/dpo.py --init_from=out/sft --reference=out/sft --dataset=pairs
-#   python sample.py --chat=True --out_dir=out/dpo
+#   python sample.py --interactive=True --out_dir=out/dpo
 # With --objective=reward, and without --reference, it trains a reward model instead.
 # Time and accuracy: not measured yet.
 

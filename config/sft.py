@@ -3,7 +3,7 @@
 #   make train                                   # the base model, or one of your own
 #   python prepare.py --format=chat              # data/stdlib_chat
 #   python train.py config/sft.py --init_from=out/stdlib
-#   python sample.py --chat=True --out_dir=out/sft
+#   python sample.py --interactive=True --out_dir=out/sft
 # Time, loss and a conversation: not measured yet.
 
 dataset = "stdlib_chat"

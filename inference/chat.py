@@ -1,83 +1,126 @@
-"""A conversation with a model in the terminal. text/chat.py describes its tokens.
+"""A conversation with a model in the terminal, whose tokens text/chat.py describes; or, where a
+model was not trained on conversations, a text that a person and the model write by turns.
 
 The cache keeps the keys and values of all turns, so that for each answer only what is new is read.
 When the context is full, the oldest turns are forgotten, and what is left is read again.
 """
 
-import codecs
+import contextlib
 import sys
 
-from configurator import UserError
+from configurator import UserError, as_type_of, check_settings
 from inference.generate import Batch
+from inference.text_stream import TextStream
+from runtime.terminal import say
+
+HELP = """/new             forget everything
+/history         print what the model remembers
+/set top_k 50    change temperature, top_k, top_p, min_p, repetition_penalty or max_new_tokens
+/exit            end (or Ctrl-D)"""
 
 
-def talk(conversation, encode_question, tokenizer):
-    """Answer each line of standard input until it ends. encode_question: gives a question's ids."""
+def talk(writing, encode_question, limits):
+    """Answer each line of standard input until it ends. encode_question: gives a message's ids.
+    limits: of the settings that /set may change, as check_settings takes them."""
     if sys.stdin is None:
-        raise UserError("--chat=True: standard input is closed, so nobody can ask anything")
+        raise UserError("--interactive=True: standard input is closed, so nobody can ask anything")
     sys.stdin.reconfigure(errors="replace")
     is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        # Lines can be edited, and the arrow keys bring back earlier ones.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+        print("/help lists the commands", file=sys.stderr)
+    conversation = Conversation(writing)
+    if not conversation.assistant:
+        encode_question = writing.tokenizer.encode_prompt
     while True:
-        # The next question. Input that is not typed gets no prompt.
+        # The next line. Input that is not typed gets no prompt.
         try:
             text = input("> " if is_terminal else "")
         except EOFError:
             if is_terminal:
                 print()
             return
-        if not text.strip():
-            continue
+        if text.strip() == "/exit":
+            return
 
-        # A question that cannot be answered does not end the conversation.
+        # What cannot be answered does not end the conversation.
         try:
-            forgotten = conversation.ask(encode_question(text))
+            if text.startswith("/"):
+                obey(text.split(), conversation, limits)
+            elif text.strip():
+                answer(text, conversation, encode_question)
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
-            continue
-        if forgotten:
-            print(f"(the context is full; questions forgotten with their answers: {forgotten})",
-                  file=sys.stderr, flush=True)
 
-        # Print the answer as it comes.
-        printer = TokenPrinter(tokenizer)
-        for new_id in conversation.answer():
-            printer.print([new_id])
-        printer.end()
+
+def obey(words, conversation, limits):
+    """Do what a command says, which is given as its words."""
+    match words:
+        case ["/help"]:
+            say(HELP)
+        case ["/new"]:
+            conversation.turns = []
+        case ["/history"]:
+            say(conversation.tokenizer.decode(conversation.prompt()))
+        case ["/set", key, value]:
+            conversation.change(key, value, limits)
+        case _:
+            raise UserError(f"{' '.join(words):.60}: no such command; /help lists them")
+
+
+def answer(text, conversation, encode_question):
+    """Print the answer to a line as it comes."""
+    forgotten = conversation.ask(encode_question(text))
+    if forgotten:
+        print(f"(the context is full; questions forgotten with their answers: {forgotten})",
+              file=sys.stderr, flush=True)
+    stream = TextStream(conversation.tokenizer, conversation.stops)
+    for new_id in conversation.answer():
+        say(stream.add(new_id), end="")
+        if stream.has_stopped:
+            break
+    say(stream.end())
 
 
 class Conversation:
     """A conversation with a model, in token ids."""
 
-    def __init__(self, model, tokenizer, max_new_tokens, sampling, generator, runtime, compiled):
-        """generator: the random generator of all answers. Raises UserError for a tokenizer without
-        the tokens of conversations."""
-        special = tokenizer.special
-        if not {"<|assistant|>", "<|end|>"} <= special.keys():
-            raise UserError("--chat=True: this model was not trained on conversations (there is no "
-                            "<|assistant|> among its tokens); finetune it on a dataset of "
-                            "python prepare.py --format=chat")
-        self.sampling, self.generator = sampling, generator
-        self.block_size = model.config.block_size
-        self.end_of_text = tokenizer.eot
-        self.assistant, self.end = special["<|assistant|>"], special["<|end|>"]
-        # How long an answer may be, for which half of the context is kept free at most.
-        self.max_new_tokens = min(max_new_tokens, self.block_size // 2)
+    def __init__(self, writing):
+        """writing: a Writing; the first of its generators is that of all answers."""
+        self.tokenizer, self.stops = writing.tokenizer, writing.stops
+        # How to draw: one generator for all answers.
+        self.sampling, self.generator = writing.sampling, writing.generator(0)
+        self.block_size = writing.model.config.block_size
+        self.max_new_tokens = writing.max_new_tokens
+        # What stands before all turns, and before and after an answer.
+        self.begin, self.assistant, self.end = [], [], []
+        if self.tokenizer.eot is not None:
+            self.begin = [self.tokenizer.eot]
+        if {"<|assistant|>", "<|end|>"} <= self.tokenizer.special.keys():
+            self.assistant = [self.tokenizer.special["<|assistant|>"]]
+            self.end = [self.tokenizer.special["<|end|>"]]
 
-        # Questions and answers in turn, each the ids of a whole message; and their one sequence.
+        # Questions and answers in turn, the ids of each; and the sequence that they are.
         self.turns = []
-        self.batch = Batch(model, 1, runtime, compiled)
+        self.batch = Batch(writing.model, 1, writing.runtime, writing.compiled)
 
     def prompt(self):
         """Return the ids that the model continues with its answer."""
-        ids = [self.end_of_text]
+        ids = list(self.begin)
         for turn in self.turns:
             ids += turn
-        return [*ids, self.assistant]
+        return ids + self.assistant
+
+    def room(self):
+        """Return how long an answer may be: at most half of the context."""
+        return min(self.max_new_tokens, self.block_size // 2)
 
     def ask(self, question):
-        """Add a question, the ids of its message; return how many turns are forgotten for it, each
-        a question with its answer. Raises UserError for a question that is too long."""
-        longest = self.block_size - self.max_new_tokens - 2
+        """Add a question, the ids of its turn; return how many turns are forgotten for it, each a
+        question with its answer. Raises UserError for a question that is too long."""
+        longest = self.block_size - self.room() - len(self.begin) - len(self.assistant)
         if len(question) > longest:
             raise UserError(f"this message has {len(question):,} tokens, and the model can read "
                             f"{longest:,}; shorten it")
@@ -85,43 +128,48 @@ class Conversation:
 
         # Forget the oldest turns where there is no room for an answer.
         forgotten = 0
-        while len(self.prompt()) + self.max_new_tokens > self.block_size:
+        while len(self.prompt()) + self.room() > self.block_size:
             del self.turns[:2]
             forgotten += 1
-            self.batch.remove(0)
         return forgotten
 
     def answer(self):
         """Yield the ids of the answer to the last question, as they are drawn."""
-        # What the sequence lacks of the conversation: where nothing was forgotten, its end.
+        # Continue the sequence of the answers before, unless turns of it were forgotten.
         prompt, answer = self.prompt(), []
-        if self.batch.sequences[0] is None:
-            self.batch.add(prompt, self.sampling, self.generator)
+        sequence, = self.batch.sequences
+        if sequence is not None and sequence.ids == prompt[:len(sequence.ids)]:
+            self.batch.extend(0, prompt[len(sequence.ids):])
         else:
-            read = len(self.batch.sequences[0].ids)
-            self.batch.extend(0, prompt[read:])
+            self.batch.remove(0)
+            self.batch.add(prompt, self.sampling, self.generator)
 
-        # The answer; <|end|> follows where the model did not come to it.
-        for _ in range(self.max_new_tokens):
-            new_id, = self.batch.step()
-            if new_id == self.end:
-                break
-            answer.append(new_id)
-            yield new_id
-        self.turns.append([self.assistant, *answer, self.end])
+        # The answer ends with <|end|> or end-of-text; <|end|> follows one that was cut short.
+        try:
+            for _ in range(self.room()):
+                new_id, = self.batch.step()
+                # what ends an answer is no part of it
+                if new_id in (*self.end, self.tokenizer.eot):
+                    self.batch.sequences[0].ids.pop()
+                    break
+                answer.append(new_id)
+                yield new_id
+        finally:
+            self.turns.append([*self.assistant, *answer, *self.end])
 
-
-class TokenPrinter:
-    """Prints the text of one sample as its tokens come."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        # A character may consist of several tokens: its first bytes wait here for the last one.
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def print(self, ids):
-        text = self.decoder.decode(self.tokenizer.decode_bytes(ids))
-        print(text, end="", flush=True)
-
-    def end(self):
-        print(self.decoder.decode(b"", final=True), flush=True)
+    def change(self, key, value, limits):
+        """Change a setting of the sampler. Raises UserError for one that is unknown or impossible.
+        """
+        # The settings that there are.
+        settings = {**self.sampling._asdict(), "max_new_tokens": self.max_new_tokens}
+        del settings["vocab_size"]
+        if key not in settings:
+            raise UserError(f"/set {key:.60}: choose {', '.join(settings)}")
+        # The new value.
+        value = as_type_of(settings[key], value, f"/set {key} {value:.60}")
+        check_settings({key: value}, limits)
+        if key == "max_new_tokens":
+            self.max_new_tokens = value
+        else:
+            self.sampling = self.sampling._replace(**{key: value})
+            self.batch.remove(0)  # so the next answer begins with the new settings

@@ -19,6 +19,7 @@ A sequence's text depends on its prompt, its settings and its generator alone, b
 Sizes: B rows, T tokens, C channels, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,9 +38,11 @@ def generate(model, prompts, generators, max_new_tokens, sampling, end_of_text, 
     have, or after max_new_tokens. compiled: compile the decoding. Raises UserError where the logits
     are not finite.
     """
+    # All samples begin together.
     batch = Batch(model, len(prompts), runtime, compiled)
     for prompt_ids, generator in zip(prompts, generators, strict=True):
         batch.add(prompt_ids, sampling, generator)
+    # A token of each, until the last one has ended.
     for _ in range(max_new_tokens):
         new_ids = batch.step()
         for row, new_id in enumerate(new_ids):
@@ -56,7 +59,7 @@ class Sequence:
     """A text that is being generated."""
     ids: list  # the prompt and what follows it
     sampling: Sampling
-    generator: torch.Generator  # on the CPU; gives one number for each token
+    uniforms: Iterator  # of random numbers in [0, 1), one for each token
     window_start: int  # the model sees the ids from here on
     cached: int = 0  # of so many of these ids the cache has the keys and values
 
@@ -77,6 +80,7 @@ class Batch:
         self.logits = None  # of the last step, (B, V); for each row, before the settings
         self.settings = None  # of the rows in a step; None: they have changed
         self.seen = None  # (rows, V), True for the ids of a row's text; None: no row needs it
+        # The cache, and what reads it.
         if compiled:
             self.cache = make_static_cache(model, rows, runtime.dtype)
             self.decode_step = compile_decode_step()
@@ -89,7 +93,8 @@ class Batch:
         step. prompt_ids: at least one. generator: of its random numbers, on the CPU."""
         row = self.sequences.index(None)
         window_start = max(0, len(prompt_ids) - self.model.config.block_size)
-        self.sequences[row] = Sequence(list(prompt_ids), sampling, generator, window_start)
+        self.sequences[row] = Sequence(list(prompt_ids), sampling, draw_uniforms(generator),
+                                       window_start)
         self.settings = None
         # The repetition penalty counts the prompt.
         if sampling.repetition_penalty != 1 and self.seen is None:
@@ -126,13 +131,15 @@ class Batch:
             samplings = [sequence.sampling for sequence in rows]
             self.settings = stack_settings(samplings, self.runtime.sampling_device)
         tokens = torch.tensor([sequence.ids[-1] for sequence in rows], device=self.runtime.device)
-        uniforms = self.draw_uniforms(rows)  # (B,)
+        uniforms = [0.0 if sequence is None else next(sequence.uniforms)
+                    for sequence in self.sequences[:len(rows)]]
+        uniforms = torch.tensor(uniforms, dtype=torch.float64)  # (B,)
         seen = None
         if self.seen is not None:
             seen = self.seen[:len(rows)]  # (B, V)
         ids, is_finite, self.logits = self.decode_step(
-            self.model, tokens, *self.cache_and_start(rows), uniforms, self.settings, seen,
-            self.runtime)  # (B,), (), (B, V)
+            self.model, tokens, *self.cache_and_start(rows),
+            uniforms.to(self.runtime.sampling_device), self.settings, seen, self.runtime)
         if seen is not None:
             seen[torch.arange(len(ids), device=ids.device), ids] = True
 
@@ -179,22 +186,13 @@ class Batch:
         stand_in = self.sequences[taken[0]]
         return [sequence or stand_in for sequence in self.sequences[:count]]
 
-    def draw_uniforms(self, rows):
-        """Return a random number in [0, 1) for each row, (B,) float64, on the sampling device."""
-        uniforms = []
-        for row in range(len(rows)):
-            uniform = 0.0
-            if self.sequences[row] is not None:
-                uniform = draw_uniform(self.sequences[row].generator)
-            uniforms.append(uniform)
-        return torch.tensor(uniforms, dtype=torch.float64, device=self.runtime.sampling_device)
-
     def cache_and_start(self, rows):
         """Return the part of the cache that decoding reads, and the positions of the tokens."""
         positions = [sequence.cached for sequence in rows]
         start = torch.tensor(positions, device=self.runtime.device)  # (B,)
         if self.compiled:
             return self.cache, start
+        # Uncompiled, nothing beyond the longest sequence is read.
         B, end = len(rows), 1 + max(positions)
         part = [(k[:B, :, :end], v[:B, :, :end]) for k, v in self.cache]
         # An int needs no mask.
@@ -203,9 +201,10 @@ class Batch:
         return part, start
 
 
-def draw_uniform(generator):
-    """Return a random number in [0, 1) with 53 bits."""
-    return torch.rand((), dtype=torch.float64, generator=generator).item()
+def draw_uniforms(generator):
+    """Yield random numbers in [0, 1) without end."""
+    while True:
+        yield torch.rand((), dtype=torch.float64, generator=generator).item()
 
 
 def prefill(model, ids, cache, row, runtime, start=0):

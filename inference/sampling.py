@@ -40,6 +40,7 @@ class Settings(NamedTuple):
 
 def stack_settings(samplings, device):
     """Return the Settings of rows, each with a Sampling of its own for the same vocabulary."""
+    # What is not in use is written as a value that changes nothing.
     vocab_size = samplings[0].vocab_size
     top_k, temperature, sorted_count = [], [], 0
     for sampling in samplings:
@@ -52,6 +53,7 @@ def stack_settings(samplings, device):
         if k < vocab_size or sampling.top_p < 1:
             sorted_count = max(sorted_count, k)
 
+    # One column for each setting.
     def column(values, dtype=torch.float64):
         return torch.tensor(values, dtype=dtype, device=device)[:, None]  # (B, 1)
 

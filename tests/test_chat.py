@@ -14,7 +14,8 @@ from test_sample import set_logits, write_checkpoint
 import sample
 from formats.checkpoint import load_model
 from inference.chat import Conversation
-from inference.generate import Sampling
+from inference.sampling import Sampling
+from inference.writing import Writing
 from text.chat import SPECIAL, encode_question
 from text.tokenizer import Tokenizer, add_special
 
@@ -29,13 +30,18 @@ def random_model(folder, block_size, seed):
     return load_model(folder).eval()
 
 
+def writing(model, count, temperature, compiled=False):
+    sampling = Sampling(temperature, 0, 1.0, LETTERS.vocab_size)
+    return Writing(model, LETTERS, sampling, [], count, 1, CPU, compiled)
+
+
 @torch.no_grad()
 def read_anew(model, ids, count):
     """The likeliest answer, without a cache."""
     answer = []
     while len(answer) < count:
         new_id = int(model.logits(torch.tensor([ids + answer]))[0, -1].argmax())
-        if new_id == END:
+        if new_id in (END, LETTERS.eot):
             break
         answer.append(new_id)
     return answer
@@ -50,8 +56,7 @@ def test_each_answer_is_that_to_all_turns_that_fit(seed, compiled, tmp_path, mon
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda tokens, *rest: (
         reads.append(tokens.shape[1]), hidden(tokens, *rest))[1])
-    sampling = Sampling(0.0, 0, 1.0, LETTERS.vocab_size)
-    conversation = Conversation(model, LETTERS, count, sampling, torch.Generator(), CPU, compiled)
+    conversation = Conversation(writing(model, count, 0.0, compiled))
 
     turns, forgotten, lengths = [], 0, set()
     for question in ("abc", "d", "efgabc", "é", "a" * 13, "b", "c" * 17, "d", "e"):
@@ -68,7 +73,7 @@ def test_each_answer_is_that_to_all_turns_that_fit(seed, compiled, tmp_path, mon
 
         # Of what is remembered only the new message is read, with the end of the last answer.
         if len(turns) > 1 and not dropped:
-            assert reads[0] <= len(ids) + 3
+            assert reads[0] <= len(ids) + 2  # all but <|assistant|>, which is decoded
         assert set(reads[1:]) <= {1}
         assert answer == read_anew(model, prompt, count)
         turns.append([ASSISTANT, *answer, END])
@@ -79,9 +84,7 @@ def test_each_answer_is_that_to_all_turns_that_fit(seed, compiled, tmp_path, mon
 def test_answers_that_end_at_once_and_questions_that_are_too_long(tmp_path):
     write_checkpoint(tmp_path / "it", LETTERS, block_size=31)
     set_logits(tmp_path / "it", [99.0 * (i == END) for i in range(LETTERS.vocab_size)])
-    sampling = Sampling(1.0, 0, 1.0, LETTERS.vocab_size)
-    conversation = Conversation(load_model(tmp_path / "it").eval(), LETTERS, 500, sampling,
-                                torch.Generator().manual_seed(1), CPU, False)
+    conversation = Conversation(writing(load_model(tmp_path / "it").eval(), 500, 1.0))
     with pytest.raises(ValueError, match="has 15 tokens, and the model can read 14; shorten it"):
         conversation.ask(encode_question(LETTERS, "a" * 13))
     for question, forgotten in (("a" * 12, 0), ("b", 1), ("c", 0), ("d", 0), ("ab", 1), ("ab", 2)):
@@ -100,8 +103,8 @@ def chats(tmp_path, number_format):
 def talk(monkeypatch, text, folder, **settings):
     """Run sample.main with a standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
-    sample.main(**{"init_from": str(folder), "device": "cpu", "chat": True, "max_new_tokens": 5,
-                   **settings})
+    sample.main(**{"init_from": str(folder), "device": "cpu", "interactive": True,
+                   "max_new_tokens": 5, **settings})
 
 
 def test_each_line_gets_an_answer_and_a_seed_means_the_same(chats, monkeypatch, capsys):
@@ -115,7 +118,7 @@ def test_each_line_gets_an_answer_and_a_seed_means_the_same(chats, monkeypatch, 
     assert "(the context is full; questions forgotten with their answers: 1)" in said[0].err
 
 
-def test_what_cannot_be_answered(chats, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_answered(chats, monkeypatch, capsys):
     set_logits(chats, [99.0 * (i == 2) for i in range(LETTERS.vocab_size)])
     talk(monkeypatch, b"a" * 40 + b"\nxa\nb", chats)
     said = capsys.readouterr()
@@ -123,13 +126,9 @@ def test_what_cannot_be_answered(chats, tmp_path, monkeypatch, capsys):
     assert "this message has 42 tokens, and the model can read 24; shorten it" in said.err
     assert "the vocabulary of 11 characters lacks 'x'" in said.err
 
-    # A model without the tokens, and standard input that is closed.
-    plain = write_checkpoint(tmp_path / "plain", Tokenizer({"kind": "bytes"}))
-    with pytest.raises(ValueError, match="this model was not trained on conversations"):
-        talk(monkeypatch, b"a", plain)
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="standard input is closed"):
-        sample.main(init_from=str(chats), device="cpu", chat=True)
+        sample.main(init_from=str(chats), device="cpu", interactive=True)
 
 
 def test_in_a_terminal_there_is_a_prompt(tmp_path):
@@ -138,7 +137,7 @@ def test_in_a_terminal_there_is_a_prompt(tmp_path):
     set_logits(chats, [99.0 * (i == 2) for i in range(LETTERS.vocab_size)])
     ours, theirs = pty.openpty()
     command = [sys.executable, Path(sample.__file__), f"--init_from={chats}", "--device=cpu",
-               "--chat=True", "--max_new_tokens=5"]
+               "--interactive=True", "--max_new_tokens=5"]
     done = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     os.close(theirs)
     os.write(ours, b"b\nc\n\x04")

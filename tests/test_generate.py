@@ -94,9 +94,9 @@ def test_what_the_model_sees_is_a_block_of_which_half_is_forgotten_when_it_is_fu
         assert [len(seen) for seen in model.seen] == [[1, 1, 1, 1], [1, 2, 1, 2]][block_size - 1]
 
 
-def random_model(bias=True, seed=1, rows=16):
+def random_model(bias=True, seed=1, rows=16, layers=2):
     """A tiny model whose likeliest token is not the last one; 11 tokens and 5 of padding."""
-    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=rows, n_layer=2, n_head=3, n_embd=21,
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=rows, n_layer=layers, n_head=3, n_embd=21,
                           bias=bias), torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -15,8 +15,9 @@ from test_generate import BLOCK, window_length
 
 import sample
 from formats.checkpoint import load_model, save_weights
+from inference.text_stream import TextStream
 from model import GPT, GPTConfig
-from sample import TokenPrinter, newest_run, print_samples, read_prompt
+from sample import newest_run, print_samples, read_prompt
 from text.tokenizer import Tokenizer
 
 ROOT = Path(sample.__file__).parent
@@ -189,18 +190,19 @@ def test_an_empty_prompt_begins_at_end_of_text_where_there_is_one(run_dir, tmp_p
 # ---------------------------------------------------------------------- printing
 
 
-def test_a_character_of_several_tokens_is_printed_whole(capsys):
+def test_a_character_of_several_tokens_is_printed_whole():
     text = "aé€😀"
     ids = BYTES.encode(text).tolist()
     for prompt_ids, new_ids, printed in (
             (ids[:2], ids[2:], text),  # the prompt ends inside é
             (ids[:1], ids[1:-1], "aé€\N{REPLACEMENT CHARACTER}")):  # 😀 is cut short
-        printer = TokenPrinter(BYTES)
-        printer.print(prompt_ids)
+        stream = TextStream(BYTES)
+        text = stream.prompt(prompt_ids)
         for new_id in new_ids:
-            printer.print([new_id])
-        printer.end()
-        assert capsys.readouterr().out == printed + "\n"
+            piece = stream.add(new_id)
+            assert "\N{REPLACEMENT CHARACTER}" not in piece
+            text += piece
+        assert text + stream.end() == printed
 
 
 def test_text_is_printed_as_it_comes(monkeypatch):

@@ -1,0 +1,90 @@
+"""Samples for many prompts: a .jsonl file in, the same with the samples out.
+
+Each line is an object with a "prompt", or a text alone, which is the same as {"prompt": text}. In
+the file that is written each object also has "samples": a list of texts. Prompts of any length are
+drawn together: as soon as one sample has ended, the next one takes its row of the batch.
+"""
+
+import json
+from pathlib import Path
+
+from configurator import UserError
+from formats.files import naming_write_errors, write_atomically
+from inference.generate import Batch
+from inference.text_stream import TextStream
+from runtime.terminal import Progress
+
+
+def read_prompts(path):
+    """Return the objects of a .jsonl file. Raises UserError naming the line that has no prompt."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={path!r}: cannot be read ({error})") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        # an object, or a text alone
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        if isinstance(entry, str):
+            entry = {"prompt": entry}
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise UserError(f'{path}, line {number}: neither a text nor an object with a "prompt"')
+        entries.append(entry)
+    if not entries:
+        raise UserError(f"prompts={path!r}: has no line with a prompt")
+    return entries
+
+
+def check_out(out):
+    """Raise UserError unless `out` names a file in a folder that is there."""
+    if not out or not Path(out).parent.is_dir():
+        raise UserError(f"out={out!r}: with --prompts, name the file to write, in a folder that is "
+                        "there")
+
+
+def write_file(writing, entries, prompts, out, num_samples, batch_size):
+    """Write num_samples samples for each entry to the file `out`, which is whole or not there.
+    prompts: the ids of each entry's prompt. Return how many tokens were drawn."""
+    # (index of the entry, number of the sample), the last first
+    waiting = [(index, number) for index in range(len(entries)) for number in range(num_samples)]
+    waiting.reverse()
+    count = len(waiting)
+    texts = [[""] * num_samples for _ in entries]
+    rows = min(batch_size, count)
+    # {row of the batch: the sample there}, {row: its text as it comes}
+    batch, jobs, streams = Batch(writing.model, rows, writing.runtime, writing.compiled), {}, {}
+    progress = Progress("sampling", lambda: 1 - (len(waiting) + len(jobs)) / count)
+    tokens = 0
+    while waiting or jobs:
+        # Begin a sample in each row that is free.
+        while waiting and len(jobs) < rows:
+            index, number = waiting.pop()
+            row = batch.add(prompts[index], writing.sampling, writing.generator(number))
+            jobs[row] = (index, number)
+            streams[row] = TextStream(writing.tokenizer, writing.stops)
+            streams[row].prompt(prompts[index])
+
+        # The next token of each sample; keep the text of those that end.
+        new_ids = batch.step()
+        for row, (index, number) in list(jobs.items()):
+            stream, is_end = streams[row], new_ids[row] == writing.tokenizer.eot
+            if not is_end:
+                texts[index][number] += stream.add(new_ids[row])
+            if is_end or stream.has_stopped or stream.count == writing.max_new_tokens:
+                texts[index][number] += stream.end()
+                tokens += stream.count
+                batch.remove(row)
+                del jobs[row]
+        progress.show()
+
+    # The file.
+    lines = [json.dumps({**entry, "samples": samples}, ensure_ascii=False)
+             for entry, samples in zip(entries, texts, strict=True)]
+    with naming_write_errors(out, "run the command again"):
+        write_atomically(Path(out), "\n".join(lines) + "\n")
+    return tokens
