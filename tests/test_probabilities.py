@@ -26,8 +26,8 @@ def test_each_token_has_its_probability_and_the_runners_up(tmp_path, capsys, num
         shares = model.logits(torch.tensor([ids[:i]]))[0, -1, :LETTERS.vocab_size].softmax(-1)
         found = re.findall(r'"([^"]*)"', line)
         assert found[0] == text[i]
-        assert float(line.split("%")[0]) == pytest.approx(100 * shares[ids[i]], abs=0.06)
-        best = [LETTERS.decode([j]) for j in shares.topk(5).indices]
+        assert float(line.split("%")[0]) == pytest.approx(100 * shares[ids[i]].item(), abs=0.06)
+        best = [LETTERS.decode([j]) for j in shares.topk(5).indices.tolist()]
         assert found[1:] == [other for other in best if other != text[i]]
 
 
