@@ -16,7 +16,7 @@ import sample
 from configurator import UserError
 from documents.conversations import Message
 from exchange import huggingface
-from formats.checkpoint import load_model
+from formats.checkpoint import find_checkpoint, load_model
 from formats.files import read_json
 from model import GPT, GPTConfig
 from text.bpe import train_bpe
@@ -294,6 +294,24 @@ def test_a_saved_model_becomes_a_checkpoint_to_sample_from(tmp_path, gpt2_tokeni
     sample.main(init_from=str(tmp_path / "mine"), start="Hello there", num_samples=1, device="cpu",
                 max_new_tokens=BLOCK, temperature=0.0, dtype="float32")
     assert capsys.readouterr().out.startswith(gpt2_tokenizer.decode(ids))
+
+
+def test_a_saved_model_is_finetuned(tmp_path, gpt2_tokenizer):
+    """The whole way: convert, prepare, train from the converted folder."""
+    save_with_transformers(tmp_path / "theirs", vocab_size=50257)
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 50)
+    convert.main(source=f"{tmp_path}/theirs", out_dir=f"{tmp_path}/mine")
+    for command in ("prepare.py --input=text.txt --dataset=shakespeare --tokenizer=gpt2",
+                    "train.py --init_from=mine --dataset=shakespeare --out_dir=tuned --max_iters=5 "
+                    "--batch_size=2 --learning_rate=1e-2 --warmup_iters=0 --device=cpu "
+                    "--gradient_accumulation_steps=1 --eval_tokens=13 --eval_interval=5 "
+                    "--log_interval=1 --dtype=float32"):
+        done = script(*command.split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    assert losses[-1] < losses[0] - 1
+    assert load_model(find_checkpoint(tmp_path / "tuned")).config.block_size == BLOCK
 
 
 def test_offline_gpt2_ends_in_one_line_and_exit_code_2(tmp_path):
