@@ -22,10 +22,12 @@ MAY_IMPORT = {  # of our own modules; "command" is every other file at the top
     "training": {"runtime", "formats", "exchange", "posttraining", "training"} | SHARED,
     "inference": {"runtime", "formats", "inference"} | SHARED,
     "evaluation": {"runtime", "formats", "inference", "training", "evaluation"} | SHARED,
+    "serving": {"runtime", "formats", "documents", "text", "inference", "serving"} | SHARED,
     "command": FOLDERS | SHARED,
 }
-# bench times what they do; evaluate finds runs as sampling does
-COMMANDS_IMPORTED = {("bench", "train"), ("bench", "sample"), ("evaluate", "sample")}
+# bench times what they do; evaluate and serve find runs as sampling does
+COMMANDS_IMPORTED = {("bench", "train"), ("bench", "sample"), ("evaluate", "sample"),
+                     ("serve", "sample")}
 ONLY_IN_RUNTIME = ("os.environ", "torch.cuda", "torch.distributed")
 
 

@@ -36,8 +36,9 @@ ELSEWHERE = {  # what cannot run here, and why: its settings alone are checked
     "finetune_shakespeare.py": "needs OpenAI's weights",
     "--ready_made": "needs the hub", "fineweb": "needs the hub", "openwebtext": "needs the hub",
     "s3://": "needs a bucket", "--init_from=gpt2": "needs OpenAI's weights",
+    "serve.py": "does not end",
 }
-OURS = r"\b(?:prepare|filter|train|sample|evaluate|bench|convert)\.py"
+OURS = r"\b(?:prepare|filter|train|sample|evaluate|bench|convert|serve)\.py"
 
 
 def commands():
