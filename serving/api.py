@@ -32,7 +32,7 @@ from serving.requests import (
     read_chat,
     read_completion,
 )
-from serving.text_stream import TextStream
+from serving.token_stream import TokenStream
 
 MAX_BODY = 2**20  # bytes
 BODY_SECONDS = 10  # in which a body has to arrive
@@ -156,7 +156,7 @@ class Answers:
     async def iterate(self):
         """Yield the Parts of all answers as they come. Raises Refusal where the engine fails. Where
         this ends early, the client has left: the engine then draws no more."""
-        streams = [TextStream(self.tokenizer, self.wanted.stop) for _ in self.answers]
+        streams = [TokenStream(self.tokenizer, self.wanted.stop) for _ in self.answers]
         offsets = [0] * len(streams)
         running = set(range(len(streams)))
         try:

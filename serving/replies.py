@@ -12,7 +12,7 @@ from typing import NamedTuple
 class Part(NamedTuple):
     """A piece of an answer, or all of it."""
     index: int  # of the answer in its request
-    tokens: list  # Tokens (text_stream.py)
+    tokens: list  # Tokens (token_stream.py)
     offset: int  # characters of the answer before them
     finish_reason: str | None  # of the last part: stop or length
     is_first: bool  # of this answer

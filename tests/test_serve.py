@@ -30,7 +30,7 @@ from serving.app import make_app
 from serving.engine import Drawn, Engine
 from serving.requests import Limits, Refusal, read_chat, read_completion
 from serving.runs import MAX_POINTS, describe_run, list_runs
-from serving.text_stream import TextStream
+from serving.token_stream import TokenStream
 from text.chat import SPECIAL, render
 from text.tokenizer import Tokenizer
 
@@ -233,7 +233,7 @@ def test_text_ends_before_the_first_stop_string(stop):
     rng = random.Random(1)
     for _ in range(50):
         text = "".join(rng.choices("aab€é", k=11))
-        stream, sent = TextStream(BYTES, stop), []
+        stream, sent = TokenStream(BYTES, stop), []
         for token_id in BYTES.encode(text).tolist():
             sent += stream.add(drawn(token_id))
             if stream.has_stopped:
@@ -253,11 +253,11 @@ def cut(text, stop):
 
 
 def test_text_is_sent_as_soon_as_it_is_certain():
-    stream, pieces = TextStream(BYTES, ["abd"]), []
+    stream, pieces = TokenStream(BYTES, ["abd"]), []
     for token_id in BYTES.encode("xabcé").tolist():
         pieces.append("".join(token.text for token in stream.add(drawn(token_id))))
     assert pieces == ["x", "", "", "abc", "", "é"]
-    half = TextStream(BYTES)
+    half = TokenStream(BYTES)
     assert half.add(drawn(0xc3)) == []
     assert [token.text for token in half.end()] == ["\N{REPLACEMENT CHARACTER}"]
 
