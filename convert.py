@@ -10,16 +10,17 @@ start, and a checkpoint into a folder that Hugging Face's transformers can load.
 The tokenizer is the folder's tokenizer.json, or GPT-2's where there is none. That of a ckpt.pt is
 its dataset's: the tokenizer.json that prepare.py wrote, or the characters in nanoGPT's meta.pkl.
 Writes model.safetensors, tokenizer.json and meta.json, and prints the command that samples; for
-transformers config.json and generation_config.json, which say what its GPT-2 needs to know, and
-tokenizer_config.json. Only a model without the switches that came after GPT-2 can be written so.
+transformers config.json, generation_config.json and tokenizer_config.json too. A model with the
+switches that came after GPT-2 is written with the code that computes it (exchange/own_code.py).
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
 from configurator import UserError, check_settings, run
-from exchange.huggingface import SIZES, VOCAB_SIZE, load_gpt2, save_gpt2
+from exchange.huggingface import SIZES, VOCAB_SIZE, beyond_gpt2, load_gpt2, save_gpt2
 from exchange.nanogpt import find_nanogpt, load_nanogpt, read_characters
+from exchange.own_code import has_own_code, load_with_code, save_with_code
 from formats.checkpoint import open_checkpoint, save_weights
 from formats.dataset import dataset_folder
 from formats.files import write_json
@@ -65,7 +66,10 @@ def main(
         checkpoint = open_checkpoint(source, "best")
         model, tokenizer = checkpoint.load_model(), Tokenizer.load(checkpoint.folder)
     else:
-        model = load_gpt2(source)
+        read = load_gpt2
+        if has_own_code(source):
+            read = load_with_code
+        model = read(source)
         tokenizer = folder_tokenizer(source, model.config.vocab_size)
     if adapter:
         load_adapter(model, Path(adapter))
@@ -74,8 +78,7 @@ def main(
     # Write it, and say what to do with it.
     try:
         if to == "huggingface":
-            write_for_transformers(model, tokenizer, folder)
-            then = f"load it with GPT2LMHeadModel.from_pretrained({str(folder)!r})"
+            then = write_for_transformers(model, tokenizer, folder)
         else:
             write_checkpoint(model, tokenizer, source, folder)
             then = f"sample from it with python sample.py --init_from={folder}"
@@ -94,15 +97,22 @@ def write_checkpoint(model, tokenizer, source, folder):
 
 
 def write_for_transformers(model, tokenizer, folder):
-    """Write a folder for transformers. Raises UserError for a model that its GPT-2 cannot be."""
+    """Write a folder for transformers; return how to load it there."""
     config, end = tokenizer_config(tokenizer.eot, model.config.block_size), tokenizer.eot
     # A model that was trained on conversations ends its answers.
     if "<|end|>" in tokenizer.special:
         config |= {"eos_token": "<|end|>", "chat_template": TEMPLATE}
         end = tokenizer.special["<|end|>"]
-    save_gpt2(model, tokenizer.vocab_size, end, folder)
+    # A GPT-2 by transformers' own class, any other with our code beside it.
+    then = f"load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}"
+    if beyond_gpt2(model.config):
+        save_with_code(model, tokenizer.vocab_size, end, folder)
+        then += ", trust_remote_code=True"
+    else:
+        save_gpt2(model, tokenizer.vocab_size, end, folder)
     write_json(folder / "tokenizer.json", hugging_face_from_spec(tokenizer.spec))
     write_json(folder / "tokenizer_config.json", config)
+    return then + ")"
 
 
 def folder_tokenizer(source, vocab_size):

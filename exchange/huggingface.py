@@ -185,11 +185,10 @@ def transpose_conv1d(name, tensor):
 
 
 def save_gpt2(model, vocab_size, eot, folder):
-    """Write a GPT into a folder, as transformers' GPT2LMHeadModel reads it.
+    """Write a GPT without beyond_gpt2 into a folder, as transformers' GPT2LMHeadModel reads it.
 
     vocab_size: the tokenizer's; rows of the embedding beyond it, which pad it, are left out. eot:
-    the id at which transformers stops to generate, end-of-text or <|end|>, or None. Raises
-    UserError for a model that has what GPT-2 has not.
+    the id at which transformers stops to generate, end-of-text or <|end|>, or None.
     """
     folder, config = Path(folder), transformers_config(model.config, vocab_size, eot)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,20 +197,19 @@ def save_gpt2(model, vocab_size, eot, folder):
     write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
 
 
-def transformers_config(config, vocab_size, eot):
-    """Return the contents of config.json for a GPTConfig. Raises UserError as save_gpt2 does."""
-    # Name all the switches that GPT-2 has otherwise.
+def beyond_gpt2(config):
+    """Return the settings of a GPTConfig that GPT-2 cannot have, as text; '' for a GPT-2."""
     plain = GPTConfig()
     others = [key for key in SWITCHES if getattr(config, key) != getattr(plain, key)]
     if config.mlp not in ACTIVATIONS.values():
         others.append("mlp")
     if config.kv_heads != config.n_head:
         others.append("n_kv_head")
-    if others:
-        values = ", ".join(f"{key}={getattr(config, key)}" for key in others)
-        raise UserError(f"transformers' GPT-2 cannot compute a model with {values}; train one "
-                        "without")
+    return ", ".join(f"{key}={getattr(config, key)}" for key in others)
 
+
+def transformers_config(config, vocab_size, eot):
+    """Return the contents of config.json for the GPTConfig of a GPT-2."""
     their_activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **REQUIRED_SETTINGS,
             "activation_function": their_activations[config.mlp],
