@@ -31,9 +31,9 @@ import train
 from configurator import UserError, check_settings, keyword_defaults, run
 from documents.corpus import Files
 from evaluation.speed import time_questions
-from formats.checkpoint import empty_model
 from formats.dataset import read_dataset_meta
 from formats.files import naming_write_errors
+from formats.weights import empty_model
 from inference.generate import Sampling, cast_weights, generate
 from model import GPT
 from runtime.child import figures_of_python, run_python

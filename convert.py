@@ -5,6 +5,7 @@ start, and a checkpoint into a folder that Hugging Face's transformers can load.
     python convert.py --source=FOLDER --out_dir=out/mine  # a GPT-2 that transformers has saved
     python convert.py --source=out/ckpt.pt --dataset=shakespeare_char    # nanoGPT's checkpoint
     python convert.py --source=out/stdlib --to=huggingface               # writes for transformers
+    python convert.py --source=out/stdlib --to=int8       # a checkpoint of a quarter of the size
     python convert.py --source=gpt2 --adapter=FOLDER      # with a LoRA adapter of PEFT's merged in
 
 The tokenizer is the folder's tokenizer.json, or GPT-2's where there is none. That of a ckpt.pt is
@@ -21,11 +22,13 @@ from configurator import UserError, check_settings, run
 from exchange.huggingface import SIZES, VOCAB_SIZE, beyond_gpt2, load_gpt2, save_gpt2
 from exchange.nanogpt import find_nanogpt, load_nanogpt, read_characters
 from exchange.own_code import has_own_code, load_with_code, save_with_code
-from formats.checkpoint import open_checkpoint, save_weights
+from formats.checkpoint import open_checkpoint, refuse_quantized
 from formats.dataset import dataset_folder
 from formats.files import write_json
+from formats.weights import save_weights
 from posttraining.adapter import load_adapter
 from posttraining.lora import merge
+from runtime.quantized import KINDS, quantize
 from text.bpe import read_spec
 from text.chat import TEMPLATE
 from text.tokenizer import Tokenizer, gpt2_spec
@@ -39,10 +42,10 @@ def main(
     dataset="",  # of a ckpt.pt: the dataset it was trained on; '': the one that it names
     mlp="gelu_exact",  # of a ckpt.pt: its activation; gelu if nanoGPT was older than June 2023
     adapter="",  # a LoRA adapter of the source, in PEFT's layout, to be merged into its weights
-    to="flatgpt",  # flatgpt: a checkpoint for sample.py and train.py; huggingface: for transformers
+    to="flatgpt",  # flatgpt: a checkpoint; int8: one to sample from only; huggingface, gguf
     out_dir="",  # the folder to write; '': out/<source>, or out/<source>-huggingface
 ):
-    check_settings(locals(), {"to": ("flatgpt", "huggingface")})
+    check_settings(locals(), {"to": ("flatgpt", *KINDS, "huggingface")})
 
     # Where to write: never over the source.
     nanogpt = find_nanogpt(source)
@@ -52,8 +55,8 @@ def main(
     folder = Path(out_dir)
     if not out_dir:
         folder = Path("out", source_folder.resolve().name)
-        if to == "huggingface":
-            folder = folder.with_name(f"{folder.name}-huggingface")
+        if to != "flatgpt":
+            folder = folder.with_name(f"{folder.name}-{to}")
     if source not in SIZES and folder.resolve() == source_folder.resolve():
         raise UserError(f"out_dir={out_dir!r} is the source, which would be overwritten; name "
                         "another folder")
@@ -64,6 +67,7 @@ def main(
         tokenizer = nanogpt_tokenizer(nanogpt, model.config.vocab_size, dataset, named)
     elif source_folder.is_dir() and not (source_folder / "config.json").is_file():
         checkpoint = open_checkpoint(source, "best")
+        refuse_quantized(checkpoint, "converted")
         model, tokenizer = checkpoint.load_model(), Tokenizer.load(checkpoint.folder)
     else:
         read = load_gpt2
@@ -76,24 +80,30 @@ def main(
         merge(model)
 
     # Write it, and say what to do with it.
+    parameters = model.parameter_count()
     try:
         if to == "huggingface":
             then = write_for_transformers(model, tokenizer, folder)
         else:
-            write_checkpoint(model, tokenizer, source, folder)
+            facts = {"source": source}
+            if to in KINDS:
+                quantize(model)
+                facts["quantized"] = to
+            write_checkpoint(model, tokenizer, facts, folder)
             then = f"sample from it with python sample.py --init_from={folder}"
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); make room there, or "
                         "choose another --out_dir=") from error
-    print(f"{folder}: {model.parameter_count():,} parameters; {then}")
+    print(f"{folder}: {parameters:,} parameters; {then}")
 
 
-def write_checkpoint(model, tokenizer, source, folder):
-    """Write a checkpoint. meta.json comes last, because without it nothing can be loaded."""
+def write_checkpoint(model, tokenizer, facts, folder):
+    """Write a checkpoint. facts: of meta.json, which comes last, because without it nothing can be
+    loaded."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder)
     tokenizer.save(folder)
-    write_json(folder / "meta.json", {"model": asdict(model.config), "source": source})
+    write_json(folder / "meta.json", {"model": asdict(model.config), **facts})
 
 
 def write_for_transformers(model, tokenizer, folder):

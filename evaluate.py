@@ -131,7 +131,8 @@ def load_subject(c):
 
 
 def parameter_count(model):
-    return sum(p.numel() for p in model.parameters())
+    # of a quantized model too, which has buffers in their place
+    return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
 # ---------------------------------------------------------------------- loss

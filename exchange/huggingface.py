@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from formats.checkpoint import model_with_weights, save_weights
 from formats.files import read_json, write_json
 from formats.foreign import refuse_others
+from formats.weights import model_with_weights, save_weights
 from model import GPTConfig
 
 VOCAB_SIZE = 50257  # of GPT-2's tokenizer

@@ -15,7 +15,7 @@ import torch
 
 from configurator import UserError
 from exchange.huggingface import DERIVED, READ_ERRORS
-from formats.checkpoint import model_with_weights
+from formats.weights import model_with_weights
 from model import GPTConfig
 
 COMPILED = "_orig_mod."

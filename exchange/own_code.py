@@ -19,8 +19,8 @@ from pathlib import Path
 
 from configurator import UserError
 from exchange.huggingface import find_weights, read_tensors
-from formats.checkpoint import model_with_weights, save_weights
 from formats.files import read_json, write_json
+from formats.weights import model_with_weights, save_weights
 from model import GPTConfig
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configurator import check_settings, run  # noqa: E402
-from formats.checkpoint import empty_model  # noqa: E402
+from formats.weights import empty_model  # noqa: E402
 from model import IGNORE, GPTConfig  # noqa: E402
 from runtime.child import figures_of_python  # noqa: E402
 from runtime.memory import peak_memory, resident_memory  # noqa: E402

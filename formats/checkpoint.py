@@ -1,6 +1,6 @@
 """Checkpoints: what a run leaves in its folder, and what a resumed run finds there.
 
-    out/<run>/iter_000250/   model.safetensors  weights, under nanoGPT's names
+    out/<run>/iter_000250/   model.safetensors  weights, under nanoGPT's names (weights.py)
                              trainer.pt         state of the optimizers and of float16's scaler
                              tokenizer.json     the dataset's tokenizer
                              meta.json          {"model": GPTConfig, "config": the run's settings,
@@ -19,14 +19,12 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
 from formats.files import (
@@ -38,7 +36,8 @@ from formats.files import (
     write_json,
 )
 from formats.foreign import refuse_others
-from model import GPT, GPTConfig
+from formats.weights import load_model, save_weights
+from model import GPTConfig
 from runtime.processes import full_tensor
 
 SUMS = "SHA256SUMS"
@@ -55,6 +54,15 @@ class Checkpoint(NamedTuple):
     def load_model(self, dropout=0.0):
         """Return its GPT, on the CPU, in float32."""
         return load_model(self.folder, dropout)
+
+
+def refuse_quantized(checkpoint, what):
+    """Raise UserError where the weights of a Checkpoint are quantized, and so cannot be `what`."""
+    kind = checkpoint.meta.get("quantized")
+    if kind:
+        raise UserError(f"{checkpoint.folder}: its weights are quantized to {kind}, so they cannot "
+                        f"be {what}; use those that they were made from, "
+                        f"{checkpoint.meta.get('source')}")
 
 
 def find_checkpoint(path, which="latest"):
@@ -184,69 +192,6 @@ def read_meta(folder):
                 "bad_steps": [float(count) for count in meta.get("bad_steps", [0, 0])]}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a checkpoint's, or damaged ({error!r})") from error
-
-
-# ---------------------------------------------------------------------- weights
-
-
-def load_model(folder, dropout=0.0):
-    """Return the GPT of a checkpoint folder: its config from meta.json, its weights from
-    model.safetensors. Raises UserError where either is missing, damaged or of another model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    # read both files
-    folder = Path(folder)
-    try:
-        config = GPTConfig(**read_json(folder / "meta.json")["model"])
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a checkpoint ({type(error).__name__}: {error})") from error
-    # a model of those sizes, with those weights
-    return model_with_weights(replace(config, dropout=dropout), weights, folder)
-
-
-def model_with_weights(config, weights, source):
-    """Return the GPT with these weights, {name: tensor}, in float32. Raises UserError, naming the
-    source that they are from, where a name or a size does not fit."""
-    model = empty_model(config)
-    # a copy, because safetensors' tensors are the file itself, mapped into memory
-    weights = {name: p.to(torch.float32, copy=True) for name, p in weights.items()}
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: the weights are another model's ({reason})") from error
-    return model
-
-
-def empty_model(config):
-    """Return a GPT on torch's meta device: shapes without memory, for weights to be loaded into."""
-    with torch.device("meta"), SkipRandomInit():
-        return GPT(config)
-
-
-class SkipRandomInit(TorchFunctionMode):
-    """While entered, no random weights are drawn. On the meta device there is nothing to draw, but
-    torch would import its compiler for it, which takes seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
-def save_weights(weights, folder, filename="model.safetensors"):
-    """Write weights, those of a model or {name: tensor}, into an existing folder."""
-    from safetensors.torch import save_file
-
-    path = Path(folder) / filename
-    if isinstance(weights, nn.Module):
-        weights = weights.state_dict()
-    tensors = {name: p.detach().cpu().contiguous() for name, p in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt"})  # which some versions of transformers want
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
 
 
 # ---------------------------------------------------------------------- writing one

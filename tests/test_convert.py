@@ -369,7 +369,7 @@ def save_run(folder, spec, **changes):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    convert.write_checkpoint(model, tokenizer, "a test", folder)
+    convert.write_checkpoint(model, tokenizer, {}, folder)
     return model, tokenizer
 
 
@@ -445,7 +445,7 @@ def test_transformers_stops_at_end_of_text(tmp_path):
     model, tokenizer = save_run(tmp_path / "mine", CHARACTERS)
     with torch.no_grad():  # end-of-text comes after anything
         model.transformer.ln_f.bias.copy_(10 * model.transformer.wte.weight[tokenizer.eot])
-    convert.write_checkpoint(model, tokenizer, "a test", tmp_path / "mine")
+    convert.write_checkpoint(model, tokenizer, {}, tmp_path / "mine")
     theirs, their_tokenizer = to_transformers(tmp_path)
     out = theirs.generate(**their_tokenizer("cat", return_tensors="pt"), max_new_tokens=5,
                           do_sample=False, pad_token_id=tokenizer.eot)

@@ -27,7 +27,7 @@ import configurator
 import convert
 import train
 from configurator import UserError
-from formats.checkpoint import empty_model, load_model
+from formats.weights import empty_model, load_model
 from model import GPT, GPTConfig
 from posttraining.adapter import adapter_parameters, adapter_state, hash_weights, load_adapter
 from posttraining.lora import add_lora, changes, describe_lora, merge, merged_weights, off

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 import model as model_file
 from exchange import huggingface
-from formats.checkpoint import find_checkpoint, load_model, model_with_weights, save_weights
+from formats.checkpoint import find_checkpoint
+from formats.weights import load_model, model_with_weights, save_weights
 from model import GPT, IGNORE, GPTConfig
 from runtime.memory import checkpoint_activations
 from runtime.speed import flops_per_token
@@ -500,7 +501,7 @@ def test_first_weights_have_gpt2s_deviations():
 
 
 def test_a_model_empty_model_imports_no_compiler():
-    code = ("import sys; from formats.checkpoint import *\n"
+    code = ("import sys; from formats.weights import *\n"
             "model = empty_model(GPTConfig(n_layer=2))\n"
             "assert all(p.is_meta for p in model.parameters())\n"
             "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)")

@@ -4,7 +4,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from configurator import UserError, as_type_of
-from formats.checkpoint import list_checkpoints, open_checkpoint, open_newest
+from formats.checkpoint import list_checkpoints, open_checkpoint, open_newest, refuse_quantized
 from model import GPTConfig
 from training.sequences import parse_mix
 
@@ -61,6 +61,7 @@ def checkpoint_settings(settings):
         wanted = [key for key in settings if key not in NOT_RESUMED]
     else:
         checkpoint = open_checkpoint(init_from, "best")
+        refuse_quantized(checkpoint, "trained")
         found = checkpoint.meta["model"]
         wanted = [key for key in MODEL_KEYS if key != "dropout"]
     return {key: as_type_of(settings[key], found[key], f"{checkpoint.folder}: {key}={found[key]}")

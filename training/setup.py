@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
-from formats.checkpoint import Checkpoint, empty_model, open_checkpoint
+from formats.checkpoint import Checkpoint, open_checkpoint
+from formats.weights import empty_model
 from model import GPT, GPTConfig
 from posttraining.adapter import check_base, saved_base
 from posttraining.lora import add_lora, describe_lora
