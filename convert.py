@@ -5,6 +5,7 @@ start, and a checkpoint into a folder that Hugging Face's transformers can load.
     python convert.py --source=FOLDER --out_dir=out/mine  # a GPT-2 that transformers has saved
     python convert.py --source=out/ckpt.pt --dataset=shakespeare_char    # nanoGPT's checkpoint
     python convert.py --source=out/stdlib --to=huggingface               # writes for transformers
+    python convert.py --source=gpt2 --to=gguf             # writes for llama.cpp; gguf-f16: half
     python convert.py --source=out/stdlib --to=int8       # a checkpoint of a quarter of the size
     python convert.py --source=gpt2 --adapter=FOLDER      # with a LoRA adapter of PEFT's merged in
 
@@ -18,7 +19,10 @@ switches that came after GPT-2 is written with the code that computes it (exchan
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from configurator import UserError, check_settings, run
+from exchange.gguf import check_gguf, save_gguf
 from exchange.huggingface import SIZES, VOCAB_SIZE, beyond_gpt2, load_gpt2, save_gpt2
 from exchange.nanogpt import find_nanogpt, load_nanogpt, read_characters
 from exchange.own_code import has_own_code, load_with_code, save_with_code
@@ -34,6 +38,7 @@ from text.chat import TEMPLATE
 from text.tokenizer import Tokenizer, gpt2_spec
 from text.tokenizer_json import GPT2_PATTERN, hugging_face_from_spec, tokenizer_config
 
+FORMATS = ("flatgpt", *KINDS, "huggingface", "gguf", "gguf-f16")
 PADDED_VOCABULARY = 50304  # of nanoGPT where the dataset has no meta.pkl, whatever its tokens are
 
 
@@ -42,10 +47,10 @@ def main(
     dataset="",  # of a ckpt.pt: the dataset it was trained on; '': the one that it names
     mlp="gelu_exact",  # of a ckpt.pt: its activation; gelu if nanoGPT was older than June 2023
     adapter="",  # a LoRA adapter of the source, in PEFT's layout, to be merged into its weights
-    to="flatgpt",  # flatgpt: a checkpoint; int8: one to sample from only; huggingface, gguf
-    out_dir="",  # the folder to write; '': out/<source>, or out/<source>-huggingface
+    to="flatgpt",  # flatgpt: a checkpoint; int8: one only to use; huggingface; gguf, gguf-f16
+    out_dir="",  # the folder to write; '': out/<source>, or out/<source>-huggingface, ...
 ):
-    check_settings(locals(), {"to": ("flatgpt", *KINDS, "huggingface")})
+    check_settings(locals(), {"to": FORMATS})
 
     # Where to write: never over the source.
     nanogpt = find_nanogpt(source)
@@ -84,6 +89,8 @@ def main(
     try:
         if to == "huggingface":
             then = write_for_transformers(model, tokenizer, folder)
+        elif to in ("gguf", "gguf-f16"):
+            then = write_gguf(model, tokenizer, folder, to)
         else:
             facts = {"source": source}
             if to in KINDS:
@@ -123,6 +130,23 @@ def write_for_transformers(model, tokenizer, folder):
     write_json(folder / "tokenizer.json", hugging_face_from_spec(tokenizer.spec))
     write_json(folder / "tokenizer_config.json", config)
     return then + ")"
+
+
+def write_gguf(model, tokenizer, folder, to):
+    """Write a folder with one file for llama.cpp; return how to use it there. Raises UserError for
+    a model or a tokenizer that it does not have."""
+    contents = hugging_face_from_spec(tokenizer.spec)
+    check_gguf(model.config, tokenizer.kind, contents)
+    # A model that was trained on conversations ends its answers.
+    end, template = tokenizer.eot, None
+    if "<|end|>" in tokenizer.special:
+        end, template = tokenizer.special["<|end|>"], TEMPLATE
+    dtype = torch.float32
+    if to == "gguf-f16":
+        dtype = torch.float16
+    folder.mkdir(parents=True, exist_ok=True)
+    save_gguf(model, contents, end, template, folder / "model.gguf", dtype)
+    return f"run it with llama-cli -m {folder / 'model.gguf'}"
 
 
 def folder_tokenizer(source, vocab_size):

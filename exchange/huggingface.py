@@ -220,11 +220,17 @@ def transformers_config(config, vocab_size, eot):
 
 
 def to_transformers(model, vocab_size):
-    """Return transformers' {name: tensor} for a GPT's. Where it has no biases they are zeros: with
-    these a Linear and a LayerNorm compute the same."""
+    """Return transformers' {name: tensor} for a GPT's."""
+    weights = with_biases(model, vocab_size)
+    return {name: transpose_conv1d(name, tensor) for name, tensor in weights.items()}
+
+
+def with_biases(model, vocab_size):
+    """Return a GPT-2's {name: tensor} without the rows that pad its vocabulary. Where it has no
+    biases they are zeros: with these a Linear and a LayerNorm compute the same."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        weights[name] = transpose_conv1d(name, tensor)
+        weights[name] = tensor
         has_bias = not name.endswith(("wte.weight", "wpe.weight"))
         if has_bias and not model.config.bias:
             weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(tensor))
