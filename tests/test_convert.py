@@ -464,7 +464,7 @@ def test_a_run_s_best_checkpoint_is_written(tmp_path, monkeypatch, capsys):
 
 
 def test_an_unknown_program_is_refused(tmp_path):
-    with pytest.raises(UserError, match="to='onnx': choose 'flatgpt', 'huggingface'"):
+    with pytest.raises(UserError, match="to='onnx': choose 'flatgpt', 'int8'"):
         convert.main(source=f"{tmp_path}/mine", to="onnx")
 
 
