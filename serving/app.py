@@ -29,6 +29,7 @@ PAGE_HEADERS = {  # the page loads nothing from elsewhere, and no other page may
                                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store"}
+# The page asks for the token; a monitor need not know it.
 OPEN = ("/", "/health")  # without a token: they tell nothing
 
 

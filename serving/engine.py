@@ -183,6 +183,7 @@ class Engine:
 def with_probabilities(new_id, log_probabilities, count):
     """Return the Drawn of an id with its log-probability and the `count` most probable ids.
     log_probabilities: (V,), of all ids."""
+    # A small vocabulary may have fewer.
     best = log_probabilities.topk(min(count, len(log_probabilities)))
     runners_up = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return Drawn(new_id, float(log_probabilities[new_id]), runners_up)

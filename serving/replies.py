@@ -82,6 +82,7 @@ def chat_choice(part, has_probabilities, is_chunk):
 
 
 def token_object(token):
+    # The chosen token is one of them where it was probable enough.
     runners_up = [{"token": readable(data), "logprob": value, "bytes": list(data)}
                   for data, value in token.runners_up]
     return {"token": token.text, "logprob": token.log_probability, "bytes": list(token.data),

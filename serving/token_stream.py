@@ -37,6 +37,7 @@ class TokenStream:
 
     def add(self, drawn):
         """Take what the engine drew; return the Tokens that can be sent."""
+        # The token, with the text that it adds.
         data = self.tokenizer.decode_bytes([drawn.id])
         runners_up = [(self.tokenizer.decode_bytes([i]), log_probability)
                       for i, log_probability in drawn.runners_up]
@@ -51,6 +52,7 @@ class TokenStream:
 
     def end(self):
         """Return the Tokens that are still held, at the end of the answer."""
+        # A character that was cut short becomes the replacement character.
         self.certain += len(self.answer.end())
         rest = self.each.end()
         if self.held:
@@ -60,11 +62,13 @@ class TokenStream:
 
     def take(self):
         """Return the held Tokens whose text is certain; that of the last is cut at a stop."""
+        # Whole tokens.
         taken = []
         while self.held and len(self.held[0].text) <= self.certain:
             token = self.held.pop(0)
             self.certain -= len(token.text)
             taken.append(token)
+        # The part of the last one that is before the stop.
         if self.has_stopped and self.certain > 0:
             token = self.held.pop(0)
             taken.append(token._replace(text=token.text[:self.certain]))
