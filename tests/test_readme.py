@@ -112,6 +112,8 @@ def test_the_commands_run_in_order(tmp_path):
     for number in range(40):  # prose enough for the filters
         text = "".join(" ".join(rng.choices(words, k=12)).capitalize() + ".\n" for _ in range(30))
         (tmp_path / "my_texts" / f"{number}.txt").write_text(text)
+    (tmp_path / "prompt.txt").write_text("def main(")
+    (tmp_path / "prompts.jsonl").write_text('"def main("\n{"prompt": "class "}\n')
     ran = set()
     for script, arguments, line in commands():
         if line in ran or any(name in line for name in ELSEWHERE):
