@@ -23,11 +23,12 @@ MAY_IMPORT = {  # of our own modules; "command" is every other file at the top
     "inference": {"runtime", "formats", "inference"} | SHARED,
     "evaluation": {"runtime", "formats", "inference", "training", "evaluation"} | SHARED,
     "serving": {"runtime", "formats", "documents", "text", "inference", "serving"} | SHARED,
+    "ladder": {"runtime", "formats", "training", "ladder"} | SHARED,
     "command": FOLDERS | SHARED,
 }
-# bench times what they do; evaluate and serve find runs as sampling does
+# bench times what they do; evaluate and serve find runs as sampling does; climb trains a transformer
 COMMANDS_IMPORTED = {("bench", "train"), ("bench", "sample"), ("evaluate", "sample"),
-                     ("serve", "sample")}
+                     ("serve", "sample"), ("climb", "train")}
 ONLY_IN_RUNTIME = ("os.environ", "torch.cuda", "torch.distributed")
 
 

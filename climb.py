@@ -1,0 +1,282 @@
+"""Climb the ladder of language models: from counting to the transformer, on the same text.
+
+    python climb.py                                      # data/stdlib, ten minutes on two CPU cores
+    python climb.py --dataset=shakespeare_char --order=7
+    python climb.py --dataset=ptb --model=kneser_ney --order=5 --test=ptb_test
+    python climb.py --model=lstm --seconds=600
+
+Trains each rung, a file of ladder/, on the training tokens of a dataset that prepare.py wrote, and
+measures all on the same validation tokens. Prints a table and a sample of each; draws climb.png,
+the loss over the seconds of training. Writes out/ladder_<dataset>/<rung>/: model.safetensors and
+meta.json. A rung that is finished is not trained again.
+"""
+
+import math
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from configurator import UserError, check_settings, run
+from formats.dataset import dataset_folder
+from formats.files import flush_to_disk, naming_write_errors, read_json, write_json
+from formats.shards import TokenReader
+from ladder.ngram import NGram
+from runtime.terminal import Progress, say
+from text.tokenizer import Tokenizer, load_tokenizer
+
+NGRAMS = ("maximum_likelihood", "add_k", "kneser_ney")
+RUNGS = NGRAMS
+LIMITS = {"order": ">= 1, <= 100", "short_order": ">= 1, <= 100", "added": "> 0",
+          "train_tokens": ">= 1", "eval_tokens": ">= 2", "seconds": "> 0",
+          "sample_tokens": ">= 1", "temperature": "> 0", "model": ("", *RUNGS)}
+
+
+def main(
+    dataset="stdlib",  # data/<dataset>, made by prepare.py; or a folder's path
+    model="",  # one rung alone; '': all of them
+    out_dir="",  # where the rungs go ('': out/ladder_<dataset>)
+    test="",  # another dataset with the same tokenizer, whose validation split is measured too
+    train_tokens=20_000_000,  # read the first so many training tokens, at most
+    eval_tokens=200_000,  # measure on the first so many validation tokens, at most
+    seed=1337,  # of the first weights, the data order, dropout and the samples
+    # n-grams
+    order=6,  # of kneser_ney: tokens in an n-gram
+    short_order=3,  # of maximum_likelihood and add_k, which need more text than there is
+    added=0.1,  # add_k: what is added to each count
+    # neural models
+    seconds=60.0,  # train each for so long
+    # samples
+    start="\n",  # the text that samples continue; <|endoftext|> is its token
+    sample_tokens=200,  # tokens in a sample
+    temperature=0.8,  # 1: the model's own probabilities; less: the probable is more so
+):
+    c = SimpleNamespace(**locals())
+    check_settings(vars(c), LIMITS)
+    data = read_data(c)
+    folder = Path(out_dir or Path("out") / f"ladder_{dataset_folder(dataset).name}")
+
+    # Climb: train the rungs that are missing, and measure them.
+    rungs = [model] if model else RUNGS
+    rows = {}
+    for name in rungs:
+        rows[name] = climb_rung(name, c, data, folder / name)
+        say(f"\n--- {name}\n{rows[name]['sample']}\n")
+    say(table(rows, data))
+    draw(folder / "climb.png", rows)
+
+
+# ---------------------------------------------------------------------- data
+
+
+class Data(NamedTuple):
+    """The tokens that all rungs share."""
+    tokenizer: Tokenizer
+    train: np.ndarray  # (N,) ids
+    val: np.ndarray  # (M,) ids; all but the first are predicted
+    test: np.ndarray | None  # the same of another dataset
+    note: str  # which tokens are measured, in words
+
+
+def read_data(c):
+    """Return the Data that the settings name."""
+    others = [c.test] if c.test else []
+    tokenizer = load_tokenizer(c.dataset, *others)
+    test = None
+    if c.test:
+        test = read_tokens(c.test, "val", tokenizer, c.eval_tokens)
+    val = read_tokens(c.dataset, "val", tokenizer, c.eval_tokens)
+    train = read_tokens(c.dataset, "train", tokenizer, c.train_tokens)
+    note = f"measured on {len(val) - 1:,} validation tokens, trained on up to {len(train):,}"
+    return Data(tokenizer, train, val, test, note)
+
+
+def read_tokens(dataset, split, tokenizer, limit):
+    """Return the first tokens of a split, (N,) int64. Raises UserError where one is not in the
+    vocabulary."""
+    reader = TokenReader(dataset, split)
+    count = min(reader.tokens, limit)
+    tokens = np.frombuffer(reader.read(0, count), reader.dtype).astype(np.int64)
+    if tokens.max() >= tokenizer.vocab_size:
+        raise UserError(f"{reader.folder}: token {tokens.max()} is not one of its tokenizer's "
+                        f"{tokenizer.vocab_size:,}; prepare the dataset again")
+    if count < 2:
+        raise UserError(f"{reader.folder}: the {split} split has one token, and nothing to "
+                        "predict; prepare more text")
+    return tokens
+
+
+# ---------------------------------------------------------------------- one rung
+
+
+def climb_rung(name, c, data, folder):
+    """Return what is known of a rung, its meta.json. What an earlier call did is not done again."""
+    training = training_settings(name, c, data)
+    measuring = {key: getattr(c, key) for key in
+                 ("test", "eval_tokens", "seed", "start", "sample_tokens", "temperature")}
+    meta, model = {}, make_model(name, c, data.tokenizer)
+    if (folder / "meta.json").is_file():
+        meta = read_json(folder / "meta.json")
+
+    # Train it.
+    if meta.get("training") != training:
+        say(f"{name}: training")
+        started = time.perf_counter()
+        curve = train_model(name, model, c, data)
+        meta = {"training": training, "seconds": time.perf_counter() - started, "curve": curve}
+        save_model(folder, model, meta)
+    # Measure it.
+    if meta.get("measuring") != measuring:
+        load_model(folder, model)
+        meta |= {"measuring": measuring, **measure(model, c, data)}
+        write_json(folder / "meta.json", meta)
+    return meta
+
+
+def training_settings(name, c, data):
+    """Return what the weights of a rung depend on."""
+    keys = ["seconds", "seed"]
+    if name in NGRAMS:
+        keys = ["order"] if name == "kneser_ney" else ["short_order"]
+    if name == "add_k":
+        keys.append("added")
+    settings = {key: getattr(c, key) for key in keys}
+    return {"dataset": c.dataset, "tokens": len(data.train), **settings}
+
+
+def make_model(name, c, tokenizer):
+    """Return the untrained model of a rung. All models have
+
+        losses(tokens)      (N,) ids of a text to (N - 1,) float64: nats of each but the first
+        start()             the state before the first token
+        step(token, state)  the log-probabilities of the next token, (V,) float64; the new state
+        size()              (a number, "parameters" or "bytes")
+        state_dict(), load_state_dict(tensors)
+    """
+    order = c.order if name == "kneser_ney" else c.short_order
+    return NGram(order, tokenizer.vocab_size, name, c.added, tokenizer.eot)
+
+
+def train_model(name, model, c, data):
+    """Train a model; return its learning curve, [(seconds, loss)]; [] for one without."""
+    share = 0.0
+    progress = Progress(name, lambda: share)
+
+    def show(done):
+        nonlocal share
+        share = done
+        progress.show()
+
+    model.fit(data.train, show)
+    return []
+
+
+def save_model(folder, model, meta):
+    """Write model.safetensors, then meta.json, without which there is no model."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {key: torch.as_tensor(value) for key, value in model.state_dict().items()}
+    path, aside = folder / "model.safetensors", folder / "model.tmp"
+    with naming_write_errors(path, "run the same command again"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
+        save_file(tensors, aside)
+        flush_to_disk(aside)
+        os.replace(aside, path)
+        write_json(folder / "meta.json", meta)
+
+
+def load_model(folder, model):
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def measure(model, c, data):
+    """Return the losses of a model, its size, a sample, and how fast it was drawn."""
+    number, unit = model.size()
+    scores = {"size": number, "unit": unit, "loss": float(model.losses(data.val).mean())}
+    if data.test is not None:
+        scores["test_loss"] = float(model.losses(data.test).mean())
+    # Of words, the text is not known again from the tokens.
+    if data.tokenizer.kind != "words":
+        text_bytes = int(data.tokenizer.token_bytes()[data.val[1:]].sum())
+        nats = scores["loss"] * (len(data.val) - 1)
+        scores["bits_per_byte"] = nats / math.log(2) / text_bytes
+
+    # A sample.
+    prompt = data.tokenizer.encode_prompt(c.start)
+    if not prompt:
+        raise UserError("start='': give the samples a text to continue, such as --start=The")
+    started = time.perf_counter()
+    ids = draw_sample(model, prompt, c.sample_tokens, c.temperature, np.random.default_rng(c.seed))
+    scores["tokens_per_s"] = (len(prompt) + len(ids)) / (time.perf_counter() - started)
+    scores["sample"] = data.tokenizer.decode([*prompt, *ids])
+    return scores
+
+
+def draw_sample(model, prompt, count, temperature, rng):
+    """Return `count` ids that continue a prompt, each drawn from the model's probabilities."""
+    state = model.start()
+    for token in prompt:
+        log_p, state = model.step(token, state)
+    ids = []
+    for _ in range(count):
+        # Sharpen the distribution, and draw by its cumulative probabilities.
+        weights = np.exp((log_p - log_p.max()) / temperature)
+        cumulative = weights.cumsum()
+        token = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+        ids.append(token)
+        log_p, state = model.step(token, state)
+    return ids
+
+
+# ---------------------------------------------------------------------- the table, the picture
+
+
+def table(rows, data):
+    """Return the rungs as text, one in a line."""
+    lines = [data.note, f"{'rung':<20}{'bits/byte':>10}{'nats/token':>11}{'perplexity':>11}"
+                        f"{'test':>9}{'size':>20}{'seconds':>9}{'tokens/s':>10}"]
+    for name, row in rows.items():
+        bits = f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "-"
+        test = f"{perplexity(row['test_loss']):.2f}" if "test_loss" in row else "-"
+        lines.append(f"{name:<20}{bits:>10}{row['loss']:>11.4f}{perplexity(row['loss']):>11.2f}"
+                     f"{test:>9}{row['size']:>13,} {row['unit'][:6]}{row['seconds']:>9.1f}"
+                     f"{row['tokens_per_s']:>10,.0f}")
+    return "\n".join(lines)
+
+
+def perplexity(loss):
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
+
+
+def draw(path, rows):
+    """Draw the loss over the seconds of training; models without a curve are points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name, row in rows.items():
+        seconds, losses = zip(*(row["curve"] or [(row["seconds"], row["loss"])]), strict=True)
+        axes.plot(seconds, losses, "o-", markersize=4, label=f"{name} {row['loss']:.3f}")
+    axes.set(xscale="log", xlabel="seconds of training", ylabel="validation loss, nats per token")
+    axes.legend()
+    figure.tight_layout()
+    with naming_write_errors(path, "run the same command again"):
+        figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)
