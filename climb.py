@@ -2,7 +2,7 @@
 
     python climb.py                                      # data/stdlib, ten minutes on two CPU cores
     python climb.py --dataset=shakespeare_char --order=7
-    python climb.py --dataset=ptb --model=kneser_ney --order=5 --test=ptb_test
+    python climb.py --dataset=ptb --model=kneser_ney --order=5 --test=ptb_test   # of words
     python climb.py --model=lstm --seconds=600
 
 Trains each rung, a file of ladder/, on the training tokens of a dataset that prepare.py wrote, and
@@ -95,8 +95,8 @@ def read_data(c):
 
 
 def read_tokens(dataset, split, tokenizer, limit):
-    """Return the first tokens of a split, (N,) int64. Raises UserError where one is not in the
-    vocabulary."""
+    """Return the first tokens of a split, (N,) int64. Before words there is a line end, so that the
+    first word is predicted too. Raises UserError where one is not in the vocabulary."""
     reader = TokenReader(dataset, split)
     count = min(reader.tokens, limit)
     tokens = np.frombuffer(reader.read(0, count), reader.dtype).astype(np.int64)
@@ -106,6 +106,8 @@ def read_tokens(dataset, split, tokenizer, limit):
     if count < 2:
         raise UserError(f"{reader.folder}: the {split} split has one token, and nothing to "
                         "predict; prepare more text")
+    if tokenizer.kind == "words" and tokens[0] != tokenizer.eot:
+        tokens = np.concatenate([[tokenizer.eot], tokens])
     return tokens
 
 

@@ -21,22 +21,20 @@ import sys
 import time
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-
-import numpy as np
 
 from configurator import UserError, check_settings, run
 from documents import dedup
 from documents import filters as filter_rules
-from documents.corpus import BUILT_IN, ON_THE_HUB, Files, Hub, find_files
+from documents.corpus import BUILT_IN, ON_THE_HUB, Files, Hub, find_files, search_input
 from formats import preparation
 from formats.dataset import dataset_folder
 from formats.files import hash_file
 from formats.ready_made import download_ready_made
-from formats.shards import read_header
 from runtime.terminal import Progress, use_colour
-from text.bpe import check_bpe, read_spec, tokenizer_file
+from text.bpe import check_bpe, compare_with_gpt2, read_spec, tokenizer_file
 from text.encode import encode_units
 from text.rows import prepare_rows
 from text.show import show_dataset
@@ -56,6 +54,7 @@ SAVE_INTERVAL = 10  # seconds from one save of the progress to the next
 def main(
     dataset="stdlib",  # stdlib, shakespeare[_char], fineweb[_edu], openwebtext, or --input's name
     input="",  # your own text: a file, a folder or a 'glob'; all but .jsonl .csv .parquet is text
+    val_input="",  # the text for validation, where that is not to be a share of the input
     suffixes=".txt .md .rst .py .jsonl .csv .parquet",  # which files of a folder; also .gz, .zst
     format="text",  # text, chat (conversations) or preference (pairs of answers): docs/prepare.md
     text_column="text",  # the field of .jsonl, .csv and .parquet files that holds the text
@@ -64,9 +63,9 @@ def main(
     workers=0,  # processes that filter and tokenize; 0: one per core, or one for small texts
     show=0,  # print this many random documents of a prepared dataset, and prepare nothing
     # tokens
-    tokenizer="",  # bytes, chars, gpt2, bpe (trained on this text), a tokenizer.json or its folder
+    tokenizer="",  # bytes, chars, words, gpt2, bpe (trained here), a tokenizer.json or its folder
     block_size=128,  # chat, preference: tokens per row; training needs the same --block_size
-    vocab_size=4096,  # bpe: number of tokens, including the 256 bytes and end-of-text
+    vocab_size=4096,  # bpe, words: number of tokens, with the 256 bytes and end-of-text, or <unk>
     split_pattern="gpt2",  # bpe: the pattern that splits text into words, gpt2 or gpt4
     bpe_characters=100_000_000,  # bpe: train on this much of the training text, spread evenly
     val_fraction=0.1,  # share of the text for validation; of datasets on the hub, the first file
@@ -98,6 +97,9 @@ def main(
     settings = SimpleNamespace(**locals())
     filter_settings = {key: getattr(settings, key) for key in FILTER_KEYS}
     check_settings(vars(settings), LIMITS)
+    if val_input and (from_hub or format != "text"):
+        raise UserError(f"val_input={val_input!r}: goes with text of your own; without it, a share "
+                        "of the text is held out")
     if format != "text":
         with preparation.lock_dataset(folder):
             return prepare_rows(folder, settings)
@@ -111,7 +113,8 @@ def main(
             corpus = Hub(dataset, text_column, columns)
         else:
             paths = find_files(dataset, input, folder, suffixes)
-            corpus = Files(paths, text_column, bad_text, columns)
+            val_paths = search_input(val_input, suffixes) if val_input else ()
+            corpus = Files(paths, text_column, bad_text, columns, val_paths)
         recipe = recipe_of(settings, spec, corpus.fingerprint())
         if preparation.is_prepared(folder, recipe, overwrite):
             print(f"{folder}: already prepared, nothing to do")
@@ -134,7 +137,7 @@ def main(
 
 
 def known_spec(settings):
-    """Return what is known of the tokenizer's spec before the text is read; None for bpe.
+    """Return what is known of the tokenizer's spec before the text is read; None for bpe and words.
 
     Raises UserError for a tokenizer that does not exist or does not fit the dataset.
     """
@@ -144,12 +147,14 @@ def known_spec(settings):
         return None
     if name.endswith(".json"):
         return read_spec(name)
-    if name == "chars" and settings.from_hub:
-        raise UserError("tokenizer='chars' must read all of the text to know its characters, and "
-                        "a dataset on the hub is read once; choose bytes, gpt2 or bpe")
+    if name in ("chars", "words") and settings.from_hub:
+        raise UserError(f"tokenizer={name!r} must read all of the text to know them, and a dataset "
+                        "on the hub is read once; choose bytes, gpt2 or bpe")
+    if name == "words":
+        return None
     if name not in ("bytes", "chars", "gpt2"):
-        raise UserError(f"tokenizer={name!r}: choose bytes, chars, gpt2, bpe or the path of a "
-                        "tokenizer.json")
+        raise UserError(f"tokenizer={name!r}: choose bytes, chars, words, gpt2, bpe or the path of "
+                        "a tokenizer.json")
     return {"kind": name}
 
 
@@ -161,7 +166,9 @@ def recipe_of(settings, spec, fingerprint):
     """
     # The tokenizer. One from a file is the same under any path.
     recipe = {"tokenizer": settings.tokenizer}
-    if settings.tokenizer == "bpe":
+    if settings.tokenizer == "words":
+        recipe["vocab_size"] = settings.vocab_size
+    elif settings.tokenizer == "bpe":
         for key in ("vocab_size", "split_pattern", "bpe_characters"):
             recipe[key] = getattr(settings, key)
     elif settings.tokenizer.endswith(".json"):
@@ -171,6 +178,8 @@ def recipe_of(settings, spec, fingerprint):
     # The text, and how it is read and split.
     for key in ("text_column", "bad_text", "val_fraction", "shard_tokens"):
         recipe[key] = getattr(settings, key)
+    if settings.val_input:
+        recipe["val_input"] = Path(settings.val_input).name  # its files are among "files"
     recipe["files"] = fingerprint
 
     # Which documents are left out, and where it ends.
@@ -230,7 +239,7 @@ def make_plan(folder, corpus, recipe, spec, settings, filter_settings, workers):
     if settings.tokenizer == "chars":
         spec |= {"alphabet": alphabet_of(survey, settings.filters),
                  "documents": survey.documents > 1}
-    elif settings.tokenizer == "bpe":
+    elif settings.tokenizer in ("bpe", "words"):
         spec = train_tokenizer(corpus, survey, recipe, filter_settings, workers)
     preparation.clear_dataset(folder)
     Tokenizer(spec).save(folder)
@@ -365,31 +374,6 @@ def report_removals(removals, folder):
           f"{folder / 'removed.jsonl'}:")
     for reason, count in removals.counts.most_common():
         print(f"  {count:>9,}  {reason}")
-
-
-def compare_with_gpt2(path, tokenizer):
-    """Print how many bytes a token stands for, here and in GPT-2's vocabulary, by the first 2**20
-    tokens of a validation file; return the counts: {tokens, bytes, gpt2_tokens}."""
-    # Turn the tokens into texts again, one for each document.
-    dtype, offset, count = read_header(path)
-    ids = np.fromfile(path, dtype, min(count, 2**20), offset=offset)
-    documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
-    documents = [document[document != tokenizer.eot].tolist() for document in documents]
-    texts = [tokenizer.decode(document) for document in documents]
-    byte_count = sum(len(text.encode()) for text in texts)
-    counts = {"tokens": sum(map(len, documents)), "bytes": byte_count}
-    comparison = f"{byte_count / counts['tokens']:.3f}"
-
-    # Tokenize them with GPT-2's tokenizer, which may have to be downloaded.
-    try:
-        gpt2 = Tokenizer(gpt2_spec())
-        counts["gpt2_tokens"] = sum(len(gpt2.encode(text)) for text in texts)
-        comparison += f", gpt2 {byte_count / counts['gpt2_tokens']:.3f}"
-    except UserError:
-        comparison += ", GPT-2's tokenizer is not available here"
-    print(f"bytes per token on {byte_count:,} bytes of held-out text: this vocabulary of "
-          f"{tokenizer.vocab_size:,} {comparison}")
-    return counts
 
 
 if __name__ == "__main__":

@@ -41,9 +41,11 @@ ON_THE_HUB = {
                               "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),
     "openwebtext": HubDataset("Skylion007/openwebtext", "plain_text",
                               "79d93d786212f7344586290adb811d4ae6a1762c")}
-# A safe cut: after a character before a space, or after a letter or digit before white space or
-# punctuation. The first part takes as much text as possible, so that the last such place is found.
-SAFE_CUT = re.compile(r"(?s:.*)(?:\S(?= )|[^\W_](?=[\s.,;:!?\u3001\u3002\uff0c\uff01\uff1f]))")
+# Safe cuts: after a character before a space, or after a letter or digit before white space; where
+# there is no such place, after one before punctuation. The first part of the pattern takes as much
+# text as possible, so that the last such place is found.
+SAFE_CUTS = (re.compile(r"(?s:.*)(?:\S(?= )|[^\W_](?=\s))"),
+             re.compile(r"(?s:.*)[^\W_](?=[.,;:!?\u3001\u3002\uff0c\uff01\uff1f])"))
 
 
 # ---------------------------------------------------------------------- which files there are
@@ -153,8 +155,8 @@ def download(url, path):
 def cut(text, size=None):
     """Split a text into pieces of at most `size` characters (None: PIECE) that have its tokens.
 
-    No token of GPT-2's or GPT-4's patterns spans a safe cut. Where there is none among the last
-    32,768 characters, the cut is at `size`.
+    No token of GPT-2's or GPT-4's patterns spans a safe cut, and no word one at white space. Where
+    there is no safe cut among the last 32,768 characters, the cut is at `size`.
     """
     if size is None:
         size = PIECE
@@ -162,9 +164,11 @@ def cut(text, size=None):
     while len(text) - start > size:
         # Cut at the last safe place before the end of the piece.
         end = start + size
-        safe = SAFE_CUT.match(text, max(start, end - 2**15), end)
-        if safe:
-            end = safe.end()
+        for pattern in SAFE_CUTS:
+            safe = pattern.match(text, max(start, end - 2**15), end)
+            if safe:
+                end = safe.end()
+                break
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
@@ -185,15 +189,16 @@ class Files:
     """The documents of files. Iterating yields (starts_document, text, row) from `position` on.
 
     documents/readers.py says what a document is, and what `column`, `bad_text` and `extra_columns`
-    mean. row: a dict with those of the extra columns that the document has.
+    mean. row: a dict with those of the extra columns that the document has. val_paths: files that
+    are for validation, if these are given apart.
     """
 
     # Another process can go on from any position.
     at_boundary = True
 
-    def __init__(self, paths, column="text", bad_text="stop", extra_columns=()):
-        self.paths = paths
-        self.sizes = [path.stat().st_size for path in paths]
+    def __init__(self, paths, column="text", bad_text="stop", extra_columns=(), val_paths=()):
+        self.train_paths, self.paths = paths, [*paths, *val_paths]
+        self.sizes = [path.stat().st_size for path in self.paths]
         self.reader = DocumentReader(column, bad_text, extra_columns)
         # The number of a file, and how many pieces of it were read
         self.position = [0, 0]
@@ -218,6 +223,11 @@ class Files:
                 for piece in cut_stream(texts):
                     yield starts_document, piece, row
                     starts_document = False
+
+    @property
+    def in_validation(self):
+        """Whether the file that is being read is one of val_paths."""
+        return self.position[0] >= len(self.train_paths)
 
     def fingerprint(self):
         """Return a hash of the files' names, sizes and times: has the corpus changed?"""

@@ -40,6 +40,7 @@ SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
 def quick_gpt2(gpt2, monkeypatch):
     """GPT-2's tokenizer without the second that reading its files takes."""
     monkeypatch.setattr(prepare, "gpt2_spec", lambda: gpt2.spec)
+    monkeypatch.setattr("text.bpe.gpt2_spec", lambda: gpt2.spec)
 
 
 @pytest.fixture

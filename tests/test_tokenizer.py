@@ -125,7 +125,7 @@ def test_load_gives_what_save_wrote(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("text", [
     pytest.param("[" * 100_000, id="nested"),
-    "", "{", "[]", "{}", "\udcff", '{"kind": "words"}', '{"kind": "chars"}',
+    "", "{", "[]", "{}", "\udcff", '{"kind": "syllables"}', '{"kind": "chars"}',
     '{"kind": "chars", "alphabet": 7, "documents": true}',
     '{"kind": "chars", "alphabet": ["ab"], "documents": true}',
     '{"kind": "gpt2", "pattern": "x"}',
@@ -428,7 +428,7 @@ REFUSED = {
     "list": (changed("model.vocab", [["a", -1.5]]), "damaged, or no tokenizer.json of"),
     "cut": (lambda facts: json.dumps(facts)[:5000], "damaged, it is not a JSON object"),
     "empty": (lambda facts: "", "damaged, it is not a JSON object"),
-    "other": (lambda facts: '{"kind": "words"}', "damaged, or no tokenizer.json of"),
+    "other": (lambda facts: '{"kind": "syllables"}', "damaged, or no tokenizer.json of"),
     "ours": (lambda facts: '{"kind": "bpe", "tokens": []}', "not a tokenizer that can be used"),
 }
 
@@ -470,7 +470,7 @@ def split_texts(folder, tokenizer, split):
 
 
 def test_a_vocabulary_trained_on_the_training_split(do, corpus, gpt2, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "gpt2_spec", lambda: gpt2.spec)
+    monkeypatch.setattr("text.bpe.gpt2_spec", lambda: gpt2.spec)
     texts = [text for text in corpus if text]
     folder, meta = do(texts, tokenizer="bpe", vocab_size=1000)
     tokenizer = Tokenizer.load(folder)
@@ -508,7 +508,7 @@ def test_the_text_that_bpe_is_trained_on_is_limited_and_spread():
 
 
 def test_a_small_text_is_said_to_be_small(do, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "gpt2_spec", lambda: (_ for _ in ()).throw(UserError("offline")))
+    monkeypatch.setattr("text.bpe.gpt2_spec", lambda: (_ for _ in ()).throw(UserError("offline")))
     _, meta = do(["ab ab ab", "ab ab ba", "ab abc ab xyz"], tokenizer="bpe")
     out = capsys.readouterr().out
     assert "so the vocabulary is 259 and not 4,096\n" in out and meta["vocab_size"] == 259

@@ -10,9 +10,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from configurator import UserError, check_settings
 from formats.files import read_json
-from text.tokenizer import KINDS, Tokenizer
+from formats.shards import read_header
+from text.tokenizer import KINDS, Tokenizer, gpt2_spec
 from text.tokenizer_json import BYTES, EOT, GPT2_PATTERN, spec_from_hugging_face
 
 PATTERNS = {  # that cut text into pieces: GPT-2's, and GPT-4's (cl100k), for any regex engine
@@ -109,6 +112,31 @@ def train_by_library(texts, vocab_size, pattern):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     trained.add_special_tokens([EOT])
     return trained
+
+
+def compare_with_gpt2(path, tokenizer):
+    """Print how many bytes a token stands for, here and in GPT-2's vocabulary, by the first 2**20
+    tokens of a validation file; return the counts: {tokens, bytes, gpt2_tokens}."""
+    # Turn the tokens into texts again, one for each document.
+    dtype, offset, count = read_header(path)
+    ids = np.fromfile(path, dtype, min(count, 2**20), offset=offset)
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
+    documents = [document[document != tokenizer.eot].tolist() for document in documents]
+    texts = [tokenizer.decode(document) for document in documents]
+    byte_count = sum(len(text.encode()) for text in texts)
+    counts = {"tokens": sum(map(len, documents)), "bytes": byte_count}
+    comparison = f"{byte_count / counts['tokens']:.3f}"
+
+    # Tokenize them with GPT-2's tokenizer, which may have to be downloaded.
+    try:
+        gpt2 = Tokenizer(gpt2_spec())
+        counts["gpt2_tokens"] = sum(len(gpt2.encode(text)) for text in texts)
+        comparison += f", gpt2 {byte_count / counts['gpt2_tokens']:.3f}"
+    except UserError:
+        comparison += ", GPT-2's tokenizer is not available here"
+    print(f"bytes per token on {byte_count:,} bytes of held-out text: this vocabulary of "
+          f"{tokenizer.vocab_size:,} {comparison}")
+    return counts
 
 
 # ---------------------------------------------------------------------- from a tokenizer.json

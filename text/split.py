@@ -1,9 +1,10 @@
 """Which text is for training and which for validation; a tokenizer trained on the training text.
 
-A corpus is split in one of three ways:
+A corpus is split in one of four ways:
 
     "document"    each document by a hash of its first piece: the usual way
     "position"    the last part of the text is for validation: a single text, or a few documents
+    "file"        the files for validation are given apart, with --val_input
     "first file"  the first token file is for validation: a dataset on the hub, read only once
 """
 
@@ -15,6 +16,7 @@ from documents.rules import EMAILS, IPS
 from text.bpe import train_bpe
 from text.encode import Piece, WorkUnit, encode_units
 from text.tokenizer import Tokenizer
+from text.words import words_spec
 
 # Characters of text in a work unit, at least.
 UNIT_CHARACTERS = 1 << 20
@@ -27,10 +29,11 @@ SAMPLE_CHARACTERS = 1 << 14
 class Survey(NamedTuple):
     """What must be known of a corpus before it is split."""
 
-    # 0: there is no text. A dataset on the hub is not counted; for it they are 2 and 0.
+    # 0: there is no text. Those of files for validation alone are not among them. A dataset on the
+    # hub is not counted; for it they are 2 and 0.
     documents: int
     characters: int
-    # "document", "position" or "first file".
+    # "document", "position", "file" or "first file".
     split_by: str
     # All characters in order, where the tokenizer is chars.
     alphabet: str = ""
@@ -49,7 +52,7 @@ def survey_corpus(corpus, val_fraction, tokenizer_name, show_progress):
     alphabet = set()
     for starts_document, text, _ in corpus:
         # Count the piece.
-        documents += starts_document
+        documents += starts_document and not corpus.in_validation
         characters += len(text)
         if tokenizer_name == "chars":
             alphabet.update(text)
@@ -73,6 +76,8 @@ def survey_corpus(corpus, val_fraction, tokenizer_name, show_progress):
     if characters < 2:
         return Survey(0, characters, "position")
     split_by = "document" if splits_well else "position"
+    if corpus.train_paths != corpus.paths:
+        split_by = "file"
     return Survey(documents, characters, split_by, "".join(sorted(alphabet)))
 
 
@@ -116,6 +121,9 @@ def work_units(corpus, survey, val_fraction, position=None):
             if starts_document:
                 split = "val" if is_held_out(text, val_fraction) else "train"
             pieces.append(Piece(split, starts_document, text, columns))
+        elif survey.split_by == "file":
+            split = "val" if corpus.in_validation else "train"
+            pieces.append(Piece(split, starts_document, text, columns))
         else:
             pieces.append(Piece("", starts_document, text, columns))
         characters += len(text)
@@ -145,9 +153,11 @@ def alphabet_of(survey, filters):
 
 
 def train_tokenizer(corpus, survey, recipe, filter_settings, workers):
-    """Train a byte-pair encoding on the training text that the filters keep; return its spec.
+    """Train a byte-pair encoding, or find the most common words, on the training text that the
+    filters keep; return the tokenizer's spec.
 
-    recipe: has vocab_size, split_pattern, bpe_characters, val_fraction and shard_tokens.
+    recipe: has tokenizer, vocab_size, val_fraction, shard_tokens; for bpe split_pattern and
+    bpe_characters.
     """
     start = corpus.position
     skip = 0
@@ -159,9 +169,13 @@ def train_tokenizer(corpus, survey, recipe, filter_settings, workers):
     if not filter_settings["filters"]:
         workers = 1
 
-    # Filter the text as it will be filtered, and train on a sample of the part for training.
+    # Filter the text as it will be filtered; train a byte-pair encoding on a sample of it.
     units = work_units(corpus, survey, recipe["val_fraction"])
     texts = kept_training_texts(encode_units(units, None, filter_settings, workers))
+    if recipe["tokenizer"] == "words":
+        spec = words_spec(texts, recipe["vocab_size"])
+        corpus.position = start
+        return spec
     texts = spread_sample(texts, survey.characters, recipe["bpe_characters"], skip)
     spec = train_bpe(texts, recipe["vocab_size"], recipe["split_pattern"])
     corpus.position = start

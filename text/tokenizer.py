@@ -1,4 +1,5 @@
-"""Text to ids and back: bytes, characters, GPT-2's byte-pair encoding, or another one (bpe.py).
+"""Text to ids and back: bytes, characters, words (words.py), GPT-2's byte-pair encoding, or another
+one (bpe.py).
 
 `Tokenizer` is for everybody; below it is a class for each kind.
 """
@@ -13,6 +14,7 @@ from configurator import UserError
 from formats.files import read_json, write_atomically
 from formats.shards import dataset_folder, read_dataset_meta
 from text.tokenizer_json import EOT
+from text.words import Words
 
 
 def load_tokenizer(dataset, *others):
@@ -93,10 +95,11 @@ def extends(old, new):
 class Tokenizer:
     """Text to ids and back. `spec` is all of it, and is what tokenizer.json holds.
 
-    kind: bytes, chars, gpt2 or bpe. vocab_size: all ids are below it. eot: the id that begins a
-    document; None where a corpus of one text with a `chars` tokenizer has none. special: {name: id}
-    of the tokens that no text is encoded to, such as those of conversations (text/chat.py), beside
-    end-of-text. Those that spec["special"] names are added ones: their ids come after all others.
+    kind: bytes, chars, words, gpt2 or bpe. vocab_size: all ids are below it. eot: the id that
+    begins a document; None where a corpus of one text with a `chars` tokenizer has none. special:
+    {name: id} of the tokens that no text is encoded to, such as those of conversations
+    (text/chat.py), beside end-of-text. Those that spec["special"] names are added ones: their ids
+    come after all others.
     """
 
     def __init__(self, spec):
@@ -252,4 +255,5 @@ class BytePairs:
         return self.encoding.decode_bytes(list(ids))
 
 
-KINDS = {"bytes": Bytes, "chars": Characters, "gpt2": BytePairs, "bpe": BytePairs}
+KINDS = {"bytes": Bytes, "chars": Characters, "words": Words, "gpt2": BytePairs,
+         "bpe": BytePairs}

@@ -188,6 +188,9 @@ def check_merges(vocab, merges, whole_first):
 def hugging_face_from_spec(spec):
     """Return the contents of a tokenizer.json, a dict, for a spec. Its ids of a text are ours, but
     the text of a special token becomes that token."""
+    if spec["kind"] == "words":
+        raise UserError("a tokenizer of words does not keep white space, so there is no "
+                        "tokenizer.json for it; prepare the text with --tokenizer=bpe")
     # Where text is cut, what becomes of the pieces, and how their text is put together again.
     if spec["kind"] == "chars":
         special = {}
