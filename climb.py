@@ -24,15 +24,23 @@ from configurator import UserError, check_settings, run
 from formats.dataset import dataset_folder
 from formats.files import flush_to_disk, naming_write_errors, read_json, write_json
 from formats.shards import TokenReader
+from ladder.masked import MaskedGPT, blank_losses, choose_blanks, special_ids
+from ladder.neural import NEURAL, blanks_filled, make_neural, train_neural
 from ladder.ngram import NGram
 from runtime.terminal import Progress, say
 from text.tokenizer import Tokenizer, load_tokenizer
 
 NGRAMS = ("maximum_likelihood", "add_k", "kneser_ney")
-RUNGS = NGRAMS
+RUNGS = (*NGRAMS, *NEURAL)
 LIMITS = {"order": ">= 1, <= 100", "short_order": ">= 1, <= 100", "added": "> 0",
-          "train_tokens": ">= 1", "eval_tokens": ">= 2", "seconds": "> 0",
+          "train_tokens": ">= 1", "eval_tokens": ">= 2", "seconds": ">= 0", "max_iters": ">= 0",
+          "width": ">= 0", "layers": ">= 0", "dropout": ">= 0, < 1", "learning_rate": ">= 0",
           "sample_tokens": ">= 1", "temperature": "> 0", "model": ("", *RUNGS)}
+
+# of the table: (key, width, number format)
+COLUMNS = (("bits_per_byte", 14, ".4f"), ("loss", 8, ".4f"), ("perplexity", 11, ".2f"),
+           ("test", 9, ".2f"), ("blanks", 8, ".4f"), ("size", 18, ""), ("seconds", 9, ".1f"),
+           ("tokens_per_s", 13, ",.0f"))
 
 
 def main(
@@ -44,15 +52,21 @@ def main(
     eval_tokens=200_000,  # measure on the first so many validation tokens, at most
     seed=1337,  # of the first weights, the data order, dropout and the samples
     # n-grams
-    order=6,  # of kneser_ney: tokens in an n-gram
+    order=6,  # of kneser_ney and mlp: tokens in an n-gram
     short_order=3,  # of maximum_likelihood and add_k, which need more text than there is
     added=0.1,  # add_k: what is added to each count
     # neural models
-    seconds=60.0,  # train each for so long
+    seconds=60.0,  # train each for so long, without evaluations
+    max_iters=0,  # train for so many iterations instead, with --seconds=0
+    width=0,  # hidden units; 0: the rung's own, as in the next two
+    layers=0,  # of rnn, gru, lstm and masked
+    learning_rate=0.0,  # at the peak
+    dropout=0.0,  # 0.1 and more where there are many passes over the text
     # samples
     start="\n",  # the text that samples continue; <|endoftext|> is its token
     sample_tokens=200,  # tokens in a sample
     temperature=0.8,  # 1: the model's own probabilities; less: the probable is more so
+    blanks="",  # a text whose [MASK]s `masked` fills; '': some of the validation tokens
 ):
     c = SimpleNamespace(**locals())
     check_settings(vars(c), LIMITS)
@@ -118,7 +132,7 @@ def climb_rung(name, c, data, folder):
     """Return what is known of a rung, its meta.json. What an earlier call did is not done again."""
     training = training_settings(name, c, data)
     measuring = {key: getattr(c, key) for key in
-                 ("test", "eval_tokens", "seed", "start", "sample_tokens", "temperature")}
+                 ("test", "eval_tokens", "seed", "start", "sample_tokens", "temperature", "blanks")}
     meta, model = {}, make_model(name, c, data.tokenizer)
     if (folder / "meta.json").is_file():
         meta = read_json(folder / "meta.json")
@@ -140,7 +154,9 @@ def climb_rung(name, c, data, folder):
 
 def training_settings(name, c, data):
     """Return what the weights of a rung depend on."""
-    keys = ["seconds", "seed"]
+    keys = ["seconds", "max_iters", "seed", "width", "layers", "learning_rate", "dropout"]
+    if name == "mlp":
+        keys.append("order")
     if name in NGRAMS:
         keys = ["order"] if name == "kneser_ney" else ["short_order"]
     if name == "add_k":
@@ -150,7 +166,7 @@ def training_settings(name, c, data):
 
 
 def make_model(name, c, tokenizer):
-    """Return the untrained model of a rung. All models have
+    """Return the untrained model of a rung. All models but `masked` have
 
         losses(tokens)      (N,) ids of a text to (N - 1,) float64: nats of each but the first
         start()             the state before the first token
@@ -158,12 +174,16 @@ def make_model(name, c, tokenizer):
         size()              (a number, "parameters" or "bytes")
         state_dict(), load_state_dict(tensors)
     """
+    if name in NEURAL:
+        return make_neural(name, tokenizer, c)
     order = c.order if name == "kneser_ney" else c.short_order
     return NGram(order, tokenizer.vocab_size, name, c.added, tokenizer.eot)
 
 
 def train_model(name, model, c, data):
     """Train a model; return its learning curve, [(seconds, loss)]; [] for one without."""
+    if name in NEURAL:
+        return train_neural(name, model, data.train, data.val, data.tokenizer, c)
     share = 0.0
     progress = Progress(name, lambda: share)
 
@@ -204,7 +224,15 @@ def load_model(folder, model):
 def measure(model, c, data):
     """Return the losses of a model, its size, a sample, and how fast it was drawn."""
     number, unit = model.size()
-    scores = {"size": number, "unit": unit, "loss": float(model.losses(data.val).mean())}
+    scores = {"size": number, "unit": unit}
+    # The same tokens for all: `masked` sees both sides of them, the others the left one.
+    places = choose_blanks(data.val, special_ids(data.tokenizer), np.random.default_rng(c.seed))
+    if isinstance(model, MaskedGPT):
+        scores["blanks"] = float(blank_losses(model, data.val, places).mean())
+        scores["sample"] = blanks_filled(model, data.tokenizer, data.val, c.blanks)
+        return scores
+    losses = model.losses(data.val)
+    scores |= {"loss": float(losses.mean()), "blanks": float(losses[places - 1].mean())}
     if data.test is not None:
         scores["test_loss"] = float(model.losses(data.test).mean())
     # Of words, the text is not known again from the tokens.
@@ -244,15 +272,23 @@ def draw_sample(model, prompt, count, temperature, rng):
 
 
 def table(rows, data):
-    """Return the rungs as text, one in a line."""
-    lines = [data.note, f"{'rung':<20}{'bits/byte':>10}{'nats/token':>11}{'perplexity':>11}"
-                        f"{'test':>9}{'size':>20}{'seconds':>9}{'tokens/s':>10}"]
+    """Return the rungs as text, one in a line; what one of them has not is a dash."""
+    lines = [data.note, f"{'rung':<20}" + "".join(f"{key:>{width}}" for key, width, _ in COLUMNS)]
     for name, row in rows.items():
-        bits = f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "-"
-        test = f"{perplexity(row['test_loss']):.2f}" if "test_loss" in row else "-"
-        lines.append(f"{name:<20}{bits:>10}{row['loss']:>11.4f}{perplexity(row['loss']):>11.2f}"
-                     f"{test:>9}{row['size']:>13,} {row['unit'][:6]}{row['seconds']:>9.1f}"
-                     f"{row['tokens_per_s']:>10,.0f}")
+        cells = {**row, "size": f"{row['size']:,} {row['unit'][:6]}"}
+        if "loss" in row:
+            cells["perplexity"] = perplexity(row["loss"])
+        if "test_loss" in row:
+            cells["test"] = perplexity(row["test_loss"])
+        line = f"{name:<20}"
+        for key, width, number_format in COLUMNS:
+            text = "-"
+            if key in cells:
+                text = format(cells[key], number_format)
+            line += text.rjust(width)
+        lines.append(line)
+    lines.append("loss: nats per token. test: perplexity there. blanks: nats of 15% of the tokens, "
+                 "which masked sees from both sides, the others from the left")
     return "\n".join(lines)
 
 
@@ -270,6 +306,8 @@ def draw(path, rows):
 
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, row in rows.items():
+        if "loss" not in row:
+            continue
         seconds, losses = zip(*(row["curve"] or [(row["seconds"], row["loss"])]), strict=True)
         axes.plot(seconds, losses, "o-", markersize=4, label=f"{name} {row['loss']:.3f}")
     axes.set(xscale="log", xlabel="seconds of training", ylabel="validation loss, nats per token")

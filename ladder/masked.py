@@ -1,7 +1,8 @@
 """Masked prediction as in BERT (Devlin et al. 2019, arXiv:1810.04805, section 3.1): fill blanks.
 
     model = MaskedGPT(vocab_size, block_size=128, n_layer=4, n_head=4, n_embd=128)
-    filled, choices = fill_blanks(model, tokenizer, "for i in [MASK]range(10):")
+    ids = encode_blanks(model, tokenizer, "for i in [MASK]range(10):")
+    filled, choices = fill_blanks(model, ids, special_ids(tokenizer))
 
 The encoder is model.py's GPT with one thing changed: attention looks at both sides. Then the next
 token is no longer a secret, so the task is another one: some tokens are hidden, and the model names
@@ -83,68 +84,73 @@ def hide_tokens(tokens, mask_id, never, generator):
 # ---------------------------------------------------------------------- using it
 
 
+def choose_blanks(tokens, never, rng):
+    """Return 15% of the places of a text (N,), (K,) in their order; neither the first token, which
+    a causal model does not predict, nor those of `never` are among them."""
+    selected = (rng.random(len(tokens)) < SELECTED) & ~np.isin(tokens, never)  # (N,)
+    selected[0] = False
+    return np.flatnonzero(selected)
+
+
 @torch.no_grad()
-def blank_losses(model, tokens, never, generator):
-    """Return (places, nats): of a text (N,) the places that were hidden, each with the nats of its
-    token, given the rest of its block. A causal model's losses(tokens)[places - 1] are beside it.
-
-    15% of each block of block_size tokens are hidden, all of them behind the mask.
-    """
-    # cut the text into blocks, and hide tokens
-    length = min(model.config.block_size, len(tokens))
-    used = len(tokens) // length * length
-    blocks = torch.as_tensor(np.asarray(tokens[:used], np.int64)).view(-1, length)  # (N/T, T)
-    _, targets = hide_tokens(blocks, model.mask_id, never, generator)
-    hidden = torch.where(targets == IGNORE, blocks, model.mask_id)  # (N/T, T)
+def blank_losses(model, tokens, places):
+    """Return the nats (K,), float64, of the tokens of a text (N,) at these places, all hidden, from
+    the rest of their blocks of block_size tokens. Beside them are a causal model's
+    losses(tokens)[places - 1], which are from the left side alone, but without holes."""
+    # hide them, and cut the text into blocks; the last is filled up, without targets
+    T, device = model.config.block_size, model.head_weight.device
+    hidden, targets = np.array(tokens, np.int64), np.full(len(tokens), IGNORE, np.int64)  # (N,)
+    hidden[places], targets[places] = model.mask_id, tokens[places]
+    rest = -len(tokens) % T
+    hidden = torch.as_tensor(np.pad(hidden, (0, rest))).view(-1, T)  # (N/T, T)
+    targets = np.pad(targets, (0, rest), constant_values=IGNORE)
+    targets = torch.as_tensor(targets).view(-1, T)  # (N/T, T)
     # the model's losses, a few blocks at a time
-    device = model.head_weight.device
     model.eval()
-    losses = [model(hidden[i:i + 16].to(device), targets[i:i + 16].to(device)).double().cpu()
-              for i in range(0, len(blocks), 16)]
-    losses, is_blank = torch.cat(losses).flatten(), (targets != IGNORE).flatten()  # each (N,)
-    return is_blank.nonzero()[:, 0].numpy(), losses[is_blank].numpy()
-
-
-def fill_blanks(model, tokenizer, prompt, count=5):
-    """Return (the prompt with its blanks filled, choices). choices: for each [MASK] the `count`
-    most probable tokens, [(text, probability)]; a blank is one token.
-
-    The blank of which the model is most certain is filled first, and then helps with the others.
-    Raises UserError for a prompt without a blank, and for one that is too long.
-    """
-    ids = encode_blanks(model, tokenizer, prompt)
-    never = special_ids(tokenizer)
-    model.eval()
-    choices = {}  # {place: [(text, probability)]}
-    while model.mask_id in ids:
-        # the probabilities at each blank
-        places = [i for i, token in enumerate(ids) if token == model.mask_id]
-        tokens = torch.tensor([ids], device=model.head_weight.device)  # (1, T)
-        probabilities = model.log_probabilities(tokens)[0, places].exp()  # (blanks, V)
-        probabilities[:, never] = 0
-        # fill the one that is most certain
-        blank = int(probabilities.amax(1).argmax())
-        best = probabilities[blank].topk(min(count, len(probabilities[blank])))
-        found = best.indices.tolist()
-        texts = [tokenizer.decode([i]) for i in found]
-        choices[places[blank]] = list(zip(texts, best.values.tolist(), strict=True))
-        ids[places[blank]] = found[0]
-    return tokenizer.decode(ids), [choices[place] for place in sorted(choices)]
+    losses = []
+    for first in range(0, len(hidden), 16):
+        blocks = slice(first, first + 16)
+        found = model(hidden[blocks].to(device), targets[blocks].to(device))  # (16, T)
+        losses.append(found.double().cpu().flatten())
+    return torch.cat(losses).numpy()[places]
 
 
 def encode_blanks(model, tokenizer, prompt):
-    """Return the ids of a prompt, a list, with the mask's id for each [MASK]."""
+    """Return the ids of a prompt, a list, with the mask's id for each [MASK], which stands for one
+    token. Raises UserError for a prompt without a blank, and for one that is too long."""
     if MASK not in prompt:
-        raise UserError(f"start={prompt!r:.60}: there is no blank to fill; write {MASK} in place "
-                        "of a token")
+        raise UserError(f"{prompt!r:.60} has no blank to fill: write {MASK} in place of a token")
     first, *others = prompt.split(MASK)
     ids = tokenizer.encode(first).tolist()
     for part in others:
         ids += [model.mask_id, *tokenizer.encode(part).tolist()]
     if len(ids) > model.config.block_size:
-        raise UserError(f"start={prompt!r:.60}: has {len(ids)} tokens, the model reads at most "
-                        f"{model.config.block_size}; shorten it")
+        raise UserError(f"{prompt!r:.60} has {len(ids)} tokens, the model reads at most "
+                        f"{model.config.block_size}: shorten it")
     return ids
+
+
+def fill_blanks(model, ids, never, count=5):
+    """Return (ids without blanks, choices): for each blank, from left to right, the `count` most
+    probable tokens, [(id, probability)]. `never` fills none.
+
+    The blank of which the model is most certain is filled first, and then helps with the others.
+    """
+    ids, choices = list(ids), {}
+    model.eval()
+    while model.mask_id in ids:
+        # the probabilities at each blank
+        blanks = [place for place, token in enumerate(ids) if token == model.mask_id]
+        tokens = torch.tensor([ids], device=model.head_weight.device)  # (1, T)
+        probabilities = model.log_probabilities(tokens)[0, blanks].exp()  # (blanks, V)
+        probabilities[:, never] = 0
+        # fill the one that is most certain
+        surest = int(probabilities.amax(1).argmax())
+        values, found = probabilities[surest].sort(descending=True)
+        choices[blanks[surest]] = list(zip(found[:count].tolist(), values[:count].tolist(),
+                                           strict=True))
+        ids[blanks[surest]] = int(found[0])
+    return ids, [choices[place] for place in sorted(choices)]
 
 
 def special_ids(tokenizer):

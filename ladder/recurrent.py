@@ -76,12 +76,10 @@ class Recurrent(nn.Module):
 
     def __init__(self, vocab_size, cell="lstm", layers=2, width=200, dropout=0.0):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         between_layers = dropout if layers > 1 else 0.0
         self.cells = CELLS[cell](width, width, layers, batch_first=True, dropout=between_layers)
-        self.head = nn.Linear(width, vocab_size)
-        self.head.weight = self.embedding.weight
+        self.head = nn.Linear(width, vocab_size)  # its matrix is the embedding too
         self.init_weights()
 
     @torch.no_grad()
@@ -91,7 +89,7 @@ class Recurrent(nn.Module):
         scale = 1 / math.sqrt(self.cells.hidden_size)
         for p in self.parameters():
             p.uniform_(-scale, scale) if p.dim() == 2 else p.zero_()
-        self.embedding.weight.uniform_(-0.1, 0.1)
+        self.head.weight.uniform_(-0.1, 0.1)
         if isinstance(self.cells, nn.LSTM):
             for name, p in self.cells.named_parameters():
                 if name.startswith("bias_ih"):
@@ -99,7 +97,7 @@ class Recurrent(nn.Module):
 
     def hidden(self, tokens, state=None):
         """Return (hidden states (B, T, C), the state after the last token) of tokens (B, T)."""
-        x = self.dropout(self.embedding(tokens))  # (B, T, C)
+        x = self.dropout(F.embedding(tokens, self.head.weight))  # (B, T, C)
         x, state = self.cells(x, state)  # (B, T, C), (L, B, C)
         return self.dropout(x), state
 

@@ -31,7 +31,7 @@ def test_torchs_modules_compute_the_equations(cell):
     model = make(cell)
     tokens = draw_tokens(B, T)
     found, _ = model.hidden(tokens)
-    x = model.embedding(tokens)  # (B, T, C)
+    x = model.head.weight[tokens]  # (B, T, C)
     for layer in range(LAYERS):
         weights = [getattr(model.cells, f"{name}_l{layer}")
                    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
@@ -93,7 +93,7 @@ def test_losses_and_steps_agree_with_a_pass_over_all(cell, monkeypatch):
 
 def test_a_long_text_is_read_as_several_rows(monkeypatch):
     model, tokens = Recurrent(V, "lstm", 1, C).eval(), draw_tokens(207).numpy()
-    torch.nn.init.normal_(model.embedding.weight)
+    torch.nn.init.normal_(model.head.weight)
     expected = model.losses(tokens)
     monkeypatch.setattr(recurrent, "ROW", 61)  # four rows
     monkeypatch.setattr(recurrent, "WARM_UP", 43)
@@ -115,10 +115,9 @@ def test_dropout_leaves_the_state_alone():
     assert (h.grad != 0).all()
 
 
-def test_the_head_is_the_embedding_and_is_counted_once():
+def test_the_size_and_the_first_loss():
     model = Recurrent(V, "lstm", 2, C)
     number, unit = model.size()
-    assert model.head.weight is model.embedding.weight
     assert (number, unit) == (V * C + V + 2 * (2 * 4 * C * C + 2 * 4 * C), "parameters")
     loss = model(draw_tokens(B, T), draw_tokens(B, T, seed=3)).mean().item()
     assert loss == pytest.approx(math.log(V), abs=0.1)
