@@ -20,18 +20,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError, check_settings, run
+import train
+from configurator import UserError, check_settings, configure, run
 from formats.dataset import dataset_folder
 from formats.files import flush_to_disk, naming_write_errors, read_json, write_json
 from formats.shards import TokenReader
 from ladder.masked import MaskedGPT, blank_losses, choose_blanks, special_ids
 from ladder.neural import NEURAL, blanks_filled, make_neural, train_neural
 from ladder.ngram import NGram
+from ladder.transformer import Transformer, learning_curve
 from runtime.terminal import Progress, say
 from text.tokenizer import Tokenizer, load_tokenizer
 
 NGRAMS = ("maximum_likelihood", "add_k", "kneser_ney")
-RUNGS = (*NGRAMS, *NEURAL)
+CONFIG = Path(__file__).parent / "config"
+TRANSFORMERS = {"gpt": ["train_stdlib.py"], "modern": ["train_stdlib.py", "modern.py"]}
+RUNGS = (*NGRAMS, *NEURAL, *TRANSFORMERS)
 LIMITS = {"order": ">= 1, <= 100", "short_order": ">= 1, <= 100", "added": "> 0",
           "train_tokens": ">= 1", "eval_tokens": ">= 2", "seconds": ">= 0", "max_iters": ">= 0",
           "width": ">= 0", "layers": ">= 0", "dropout": ">= 0, < 1", "learning_rate": ">= 0",
@@ -133,7 +137,7 @@ def climb_rung(name, c, data, folder):
     training = training_settings(name, c, data)
     measuring = {key: getattr(c, key) for key in
                  ("test", "eval_tokens", "seed", "start", "sample_tokens", "temperature", "blanks")}
-    meta, model = {}, make_model(name, c, data.tokenizer)
+    meta, model = {}, None
     if (folder / "meta.json").is_file():
         meta = read_json(folder / "meta.json")
 
@@ -141,12 +145,18 @@ def climb_rung(name, c, data, folder):
     if meta.get("training") != training:
         say(f"{name}: training")
         started = time.perf_counter()
-        curve = train_model(name, model, c, data)
+        if name in TRANSFORMERS:
+            curve = train_transformer(name, c, folder)
+        else:
+            model = make_model(name, c, data.tokenizer)
+            curve = train_model(name, model, c, data)
+            save_model(folder, model)
         meta = {"training": training, "seconds": time.perf_counter() - started, "curve": curve}
-        save_model(folder, model, meta)
+        write_json(folder / "meta.json", meta)
+
     # Measure it.
     if meta.get("measuring") != measuring:
-        load_model(folder, model)
+        model = model or load_model(name, c, data.tokenizer, folder)
         meta |= {"measuring": measuring, **measure(model, c, data)}
         write_json(folder / "meta.json", meta)
     return meta
@@ -196,8 +206,18 @@ def train_model(name, model, c, data):
     return []
 
 
-def save_model(folder, model, meta):
-    """Write model.safetensors, then meta.json, without which there is no model."""
+def train_transformer(name, c, folder):
+    """Train a transformer by train.py, in a folder; return its learning curve."""
+    argv = [str(CONFIG / file) for file in TRANSFORMERS[name]]
+    argv += [f"--dataset={c.dataset}", f"--out_dir={folder}", f"--seed={c.seed}",
+             f"--max_minutes={c.seconds / 60}", "--max_iters=1000000", "--lr_decay_iters=1000000",
+             "--eval_interval=100", "--eval_tokens=20480", "--log_interval=20"]
+    train.main(**configure(train.main, argv))
+    return learning_curve(folder)
+
+
+def save_model(folder, model):
+    """Write model.safetensors; the meta.json of an older one goes first."""
     import torch
     from safetensors.torch import save_file
 
@@ -209,13 +229,17 @@ def save_model(folder, model, meta):
         save_file(tensors, aside)
         flush_to_disk(aside)
         os.replace(aside, path)
-        write_json(folder / "meta.json", meta)
 
 
-def load_model(folder, model):
+def load_model(name, c, tokenizer, folder):
+    """Return the model of a rung that was saved."""
     from safetensors.torch import load_file
 
+    if name in TRANSFORMERS:
+        return Transformer.load(folder)
+    model = make_model(name, c, tokenizer)
     model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
 
 
 # ---------------------------------------------------------------------- measuring

@@ -434,7 +434,7 @@ def test_bad_settings(tmp_path, do):
             ({"dedup": "fuzzy"}, "dedup='fuzzy': choose '', 'exact', 'near'"),
             ({"dedup": "exact"}, "a single text, and --dedup chooses among documents"),
             ({"filters": "gopher"}, "a single text, and --filters chooses among documents"),
-            ({"tokenizer": "GPT2"}, "tokenizer='GPT2': choose bytes, chars, gpt2, bpe or the")):
+            ({"tokenizer": "GPT2"}, "tokenizer='GPT2': choose bytes, chars, words, gpt2, bpe or")):
         with pytest.raises(ValueError) as error:
             do(path, **settings)
         assert says in str(error.value)
