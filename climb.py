@@ -151,7 +151,10 @@ def climb_rung(name, c, data, folder):
             model = make_model(name, c, data.tokenizer)
             curve = train_model(name, model, c, data)
             save_model(folder, model)
-        meta = {"training": training, "seconds": time.perf_counter() - started, "curve": curve}
+        seconds = time.perf_counter() - started
+        if curve:
+            seconds = curve[-1][0]  # without evaluations
+        meta = {"training": training, "seconds": seconds, "curve": curve}
         write_json(folder / "meta.json", meta)
 
     # Measure it.
@@ -322,7 +325,11 @@ def perplexity(loss):
 
 
 def draw(path, rows):
-    """Draw the loss over the seconds of training; models without a curve are points."""
+    """Draw the loss over the seconds of training; models without a curve are points. `masked` has
+    no such loss."""
+    rows = {name: row for name, row in rows.items() if "loss" in row}
+    if not rows:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -330,8 +337,6 @@ def draw(path, rows):
 
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, row in rows.items():
-        if "loss" not in row:
-            continue
         seconds, losses = zip(*(row["curve"] or [(row["seconds"], row["loss"])]), strict=True)
         axes.plot(seconds, losses, "o-", markersize=4, label=f"{name} {row['loss']:.3f}")
     axes.set(xscale="log", xlabel="seconds of training", ylabel="validation loss, nats per token")

@@ -40,7 +40,9 @@ class MLP(nn.Module):
 
     def features(self, contexts):
         """Contexts (..., n - 1) of token ids, the latest last, to hidden units (..., M)."""
+        # the vectors of the context, side by side
         x = self.embedding(contexts).flatten(-2)  # (..., (n - 1) C)
+        # a layer of hidden units
         x = torch.tanh(self.hidden(self.dropout(x)))  # (..., M)
         return self.dropout(x)
 
@@ -65,6 +67,7 @@ class MLP(nn.Module):
         """Return the nats (N - 1,), float64, of each token but the first."""
         tokens = torch.as_tensor(np.asarray(tokens, np.int64)).to(self.head.weight.device)
         contexts, targets = self.contexts(tokens[None, :-1])[0], tokens[1:]  # (N-1, n-1), (N-1,)
+        # a part at a time, as the logits of all need too much memory
         losses = []
         for first in range(0, len(targets), CHUNK):
             chunk = slice(first, first + CHUNK)
@@ -79,6 +82,7 @@ class MLP(nn.Module):
     @torch.no_grad()
     def step(self, token_id, state):
         """Return (log-probabilities of the next token (V,), float64, the new context)."""
+        # the context moves on by one
         state = (*state[1:], token_id)
         x = self.features(torch.tensor(state, device=self.head.weight.device))  # (M,)
         return F.log_softmax(self.head(x).double(), -1).cpu().numpy(), state

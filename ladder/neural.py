@@ -32,15 +32,19 @@ SIZES = {"mlp": (200, 1, 2e-3), "rnn": (200, 1, 2e-3), "gru": (200, 2, 3e-3),
 NEURAL = tuple(SIZES)
 BATCH = (20, 35)  # sequences and their length; Zaremba's
 MASKED_BATCH = (8, 128)
-LARGE_VOCABULARY, DRAWS = 4000, 1000  # from so many tokens on, train with so many draws
+# From so many tokens on, train on a part of the softmax with SGD, about as Zaremba et al. 2014 do.
+LARGE_VOCABULARY, DRAWS = 4000, 2000
+SGD = {"optimizer": "sgd", "learning_rate": 20.0, "grad_clip": 0.25}
 EVAL_TOKENS = 20_000  # of the validation split, for a point of the curve
 
 
 def make_neural(name, tokenizer, c):
     """Return the untrained model of a rung, the same for equal seeds."""
+    # the sizes
     width, layers, _ = SIZES[name]
     width, layers, V = c.width or width, c.layers or layers, tokenizer.vocab_size
     torch.manual_seed(seed_for(c.seed, name))
+    # the model
     if name == "mlp":
         if c.order < 2:
             raise UserError(f"order={c.order}: mlp predicts from the order - 1 tokens before; "
@@ -72,11 +76,15 @@ def train_neural(name, model, train_tokens, val_tokens, tokenizer, c):
         batches = masked_batches(batches, model.mask_id, never, generator)
     else:
         batches = contiguous_chunks(train_tokens, *BATCH)
-    # train, where the vocabulary is large on a part of the softmax
+    # how the model is trained
+    settings = {"learning_rate": SIZES[name][2]}
     if name != "masked" and tokenizer.vocab_size >= LARGE_VOCABULARY:
         model.sampler = Sampler(train_tokens, tokenizer.vocab_size, DRAWS)
-    learning_rate = c.learning_rate or SIZES[name][2]
-    history = train(model, batches, measure, learning_rate, c.seconds, c.max_iters, label=name)
+        settings = dict(SGD)
+    if c.learning_rate:
+        settings["learning_rate"] = c.learning_rate
+    history = train(model, batches, measure, seconds=c.seconds, max_iters=c.max_iters, label=name,
+                    **settings)
     return [(row["seconds"], row["val_loss"]) for row in history]
 
 

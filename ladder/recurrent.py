@@ -91,12 +91,14 @@ class Recurrent(nn.Module):
             p.uniform_(-scale, scale) if p.dim() == 2 else p.zero_()
         self.head.weight.uniform_(-0.1, 0.1)
         if isinstance(self.cells, nn.LSTM):
+            # the forget gates are the second quarter of an LSTM's biases
             for name, p in self.cells.named_parameters():
                 if name.startswith("bias_ih"):
                     p.chunk(4)[1].fill_(1.0)
 
     def hidden(self, tokens, state=None):
         """Return (hidden states (B, T, C), the state after the last token) of tokens (B, T)."""
+        # dropout before the first layer, between layers (cells does that), and after the last
         x = self.dropout(F.embedding(tokens, self.head.weight))  # (B, T, C)
         x, state = self.cells(x, state)  # (B, T, C), (L, B, C)
         return self.dropout(x), state

@@ -3,10 +3,11 @@
     model.sampler = Sampler(training_tokens, vocab_size, count=1000)   # for training alone
 
 Of a word-level model's work nine tenths are the logits of its 10,000 words, of which only one is
-right. Bengio and Senecal (2003, "Quick Training of Probabilistic Neural Nets by Importance
-Sampling") compare the right one with K others, drawn from a distribution q. Each of them stands for
-1 / (K q) tokens, so that the sum of the exponentials is right on average, and the loss tends to the
-real one as K grows. (See also Jean et al. 2015, arXiv:1412.2007.)
+right. Here the right one is compared with a part of the others: each is in it with a probability of
+its own. Subtracting the logarithm of this probability from the logit makes up for it, so that the
+best logits are those of the whole softmax (McFadden 1978, "Modelling the Choice of Residential
+Location", the sampling of alternatives; in language models Bengio and Senecal 2003, Jean et al.
+2015, arXiv:1412.2007). AdamW takes too large steps for tokens that are rarely drawn: use SGD.
 Sizes: N tokens, K draws, C channels, V vocabulary.
 """
 
@@ -29,29 +30,27 @@ def token_losses(model, x, targets):
 
 
 class Sampler:
-    """Draws token ids in proportion to their frequency to the power of 3/4 (as Mikolov et al.
-    2013): a frequent token is a likely mistake, but the rare ones have to be seen as well."""
+    """Includes each token with a probability that grows with its frequency to the power of 3/4 (as
+    Mikolov et al. 2013): a frequent token is a likely mistake, but rare ones have to be seen too.
+    """
 
     def __init__(self, tokens, vocab_size, count):
+        """tokens: the training text (N,). count: how many are drawn, about."""
         frequencies = np.bincount(tokens, minlength=vocab_size) + 1.0  # (V,): none is impossible
         weights = frequencies ** 0.75
-        self.cumulative = torch.as_tensor((weights / weights.sum()).cumsum())  # (V,)
-        self.log_expected = torch.as_tensor(np.log(count * weights / weights.sum())).float()  # (V,)
-        self.count = count
+        included = (count * weights / weights.sum()).clip(max=1)  # (V,)
+        self.included = torch.as_tensor(included).float()
 
     def losses(self, head, x, targets):
-        """Return an estimate of the cross-entropies (N,), with K draws that all tokens share.
-
-        head: nn.Linear from C to V. x: hidden states (N, C). targets: (N,).
-        """
+        """Return the losses (N,) of hidden states x (N, C) and targets (N,), 0 where IGNORE. All
+        tokens share a draw. head: nn.Linear from C to V."""
         # draw, from torch's global generator
-        uniform = torch.rand(self.count, dtype=torch.float64)  # (K,)
-        drawn = torch.searchsorted(self.cumulative, uniform).clamp(max=len(self.cumulative) - 1)
-        drawn, log_expected = drawn.to(x.device), self.log_expected.to(x.device)
-        # the logits of the targets; those of what was drawn, less the log of how often it is
+        drawn = (torch.rand(len(self.included)) < self.included).nonzero()[:, 0]  # (K,)
+        drawn, log_included = drawn.to(x.device), self.included.to(x.device).log()
+        # the logits of the targets and of what was drawn, corrected
         target = targets.clamp(min=0)  # (N,)
-        right = (x * head.weight[target]).sum(-1) + head.bias[target]  # (N,)
-        wrong = F.linear(x, head.weight[drawn], head.bias[drawn]) - log_expected[drawn]  # (N, K)
+        right = (x * head.weight[target]).sum(-1) + head.bias[target] - log_included[target]  # (N,)
+        wrong = F.linear(x, head.weight[drawn], head.bias[drawn]) - log_included[drawn]  # (N, K)
         # a target that was drawn is not wrong
         wrong = wrong.masked_fill(drawn == target[:, None], -torch.inf)  # (N, K)
         losses = torch.cat([right[:, None], wrong], 1).logsumexp(1) - right  # (N,)

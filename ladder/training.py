@@ -27,7 +27,7 @@ EVALUATIONS = 10  # during a run, for the picture
 
 
 def train(model, batches, measure, learning_rate, seconds=0.0, max_iters=0, weight_decay=0.0,
-          grad_clip=1.0, warmup_iters=100, label="training"):
+          grad_clip=1.0, warmup_iters=100, optimizer="adamw", label="training"):
     """Train a model until `seconds` of training have passed, or for max_iters iterations; the
     cosine schedule ends there, at a hundredth of learning_rate.
 
@@ -39,7 +39,10 @@ def train(model, batches, measure, learning_rate, seconds=0.0, max_iters=0, weig
     if not seconds and not max_iters:
         raise UserError("seconds=0 and max_iters=0: give the training one of the two")
     device = next(model.parameters()).device
-    optimizer = adamw(model, learning_rate, weight_decay, (0.9, 0.99))
+    if optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), learning_rate, weight_decay=weight_decay)
+    else:
+        optimizer = adamw(model, learning_rate, weight_decay, (0.9, 0.99))
     history, losses_seen, state, iter_num, used, clock = [], [], None, 0, 0.0, 0.0
     progress = Progress(label, lambda: used)
     model.train()
@@ -98,6 +101,7 @@ def random_windows(tokens, batch_size, length, generator):
     check_length(tokens, length + 1)
     tokens = torch.as_tensor(np.asarray(tokens, np.int64))  # (N,)
     while True:
+        # a start for each row, then the tokens from there
         starts = torch.randint(len(tokens) - length, (batch_size, 1), generator=generator)  # (B, 1)
         rows = tokens[starts + torch.arange(length + 1)]  # (B, T + 1)
         yield rows[:, :-1], rows[:, 1:]
@@ -113,10 +117,12 @@ def contiguous_chunks(tokens, batch_size, length):
     check_length(tokens, batch_size * length + 1)
     stream_length = (len(tokens) - 1) // batch_size
     used = batch_size * stream_length
+    # row b is stream b; targets are the inputs, one token further
     tokens = torch.as_tensor(np.asarray(tokens, np.int64))  # (N,)
     inputs = tokens[:used].view(batch_size, stream_length)  # (B, S)
     targets = tokens[1:used + 1].view(batch_size, stream_length)  # (B, S)
     while True:
+        # from the beginning of the streams to their end, chunk by chunk
         for first in range(0, stream_length - length + 1, length):
             chunk = slice(first, first + length)
             yield inputs[:, chunk], targets[:, chunk]

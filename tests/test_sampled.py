@@ -1,5 +1,8 @@
 """sampled.py: an estimate of the cross-entropy, which training alone uses."""
 
+import itertools
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -21,36 +24,42 @@ def make():
     return head, torch.randn(N, C), torch.randint(V, (N,))
 
 
-def test_with_many_draws_it_is_the_cross_entropy():
+def test_a_draw_of_all_is_the_cross_entropy():
     head, x, targets = make()
-    expected = F.cross_entropy(head(x), targets, reduction="none")
-    found = Sampler(TOKENS, V, 300_000).losses(head, x, targets)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
-    few = torch.stack([Sampler(TOKENS, V, 20).losses(head, x, targets) for _ in range(9)])
-    assert few.std(0).mean() > 0.05
-
-
-def test_tokens_are_drawn_as_often_as_the_correction_says():
-    sampler = Sampler(TOKENS, V, 100_000)
-    head = nn.Linear(C, V)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    # without logits, what is drawn adds up to what it stands for: V tokens of weight 1
-    losses = sampler.losses(head, torch.zeros(1, C), torch.tensor([3]))
-    assert losses.exp().item() == pytest.approx(V, rel=0.05)
-    frequencies = (np.arange(V) ** 2 + 1.0) ** 0.75
-    expected = 100_000 * frequencies / frequencies.sum()
-    np.testing.assert_allclose(sampler.log_expected.exp(), expected, rtol=1e-5)
-
-
-def test_a_drawn_target_is_not_wrong_and_an_ignored_one_has_no_loss():
-    head, x, targets = make()
-    sampler = Sampler(np.array([4, 4]), V, 5)
-    sampler.cumulative = torch.ones(V, dtype=torch.float64)  # draws are all of token 0
-    targets[:] = 0
+    sampler = Sampler(TOKENS, V, 10 ** 6)
+    assert (sampler.included == 1).all()
     targets[2] = -1
-    losses = sampler.losses(head, x, targets)
-    assert torch.equal(losses, torch.zeros(N))
+    expected = F.cross_entropy(head(x), targets, ignore_index=-1, reduction="none")
+    torch.testing.assert_close(sampler.losses(head, x, targets), expected)
+
+
+def test_the_true_probabilities_are_the_best_logits():
+    """Over all 16 draws of 4 tokens, each with its probability, the gradient at log p is 0, and at
+    other logits it is not."""
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    sampler = Sampler(np.zeros(0, int), 4, 1)
+    sampler.included = torch.tensor([0.3, 0.9, 0.5, 1.0])
+    for shift, is_best in ((0.0, True), (1.0, False)):
+        head = nn.Linear(1, 4)
+        head.bias.data = p.log() + shift * torch.tensor([1.0, 0, 0, 0])
+        total = 0
+        for draw in itertools.product([0.0, 1.0], repeat=4):
+            inside = torch.tensor(draw)
+            chance = (inside * sampler.included + (1 - inside) * (1 - sampler.included)).prod()
+            uniform = torch.where(inside > 0, -1.0, 2.0)  # below and above all chances
+            with mock.patch.object(torch, "rand", return_value=uniform):
+                losses = sampler.losses(head, torch.zeros(4, 1), torch.arange(4))
+            total += chance * (p * losses).sum()
+        total.backward()
+        assert (head.bias.grad.abs().max() < 1e-6) == is_best
+
+
+def test_tokens_are_drawn_by_their_frequency():
+    sampler = Sampler(TOKENS, V, 13)
+    frequencies = (np.arange(V) ** 2 + 1.0) ** 0.75
+    expected = 13 * frequencies / frequencies.sum()
+    assert expected.max() > 1
+    np.testing.assert_allclose(sampler.included, expected.clip(max=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("make_model", [lambda: MLP(V, order=3, channels=C, width=C),
