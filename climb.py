@@ -39,7 +39,8 @@ RUNGS = (*NGRAMS, *NEURAL, *TRANSFORMERS)
 LIMITS = {"order": ">= 1, <= 100", "short_order": ">= 1, <= 100", "added": "> 0",
           "train_tokens": ">= 1", "eval_tokens": ">= 2", "seconds": ">= 0", "max_iters": ">= 0",
           "width": ">= 0", "layers": ">= 0", "dropout": ">= 0, < 1", "learning_rate": ">= 0",
-          "sample_tokens": ">= 1", "temperature": "> 0", "model": ("", *RUNGS)}
+          "draws": ">= 0", "sample_tokens": ">= 1", "temperature": "> 0",
+          "model": ("", *RUNGS)}
 
 # of the table: (key, width, number format)
 COLUMNS = (("bits_per_byte", 14, ".4f"), ("loss", 8, ".4f"), ("perplexity", 11, ".2f"),
@@ -65,6 +66,7 @@ def main(
     width=0,  # hidden units; 0: the rung's own, as in the next two
     layers=0,  # of rnn, gru, lstm and masked
     learning_rate=0.0,  # at the peak
+    draws=2000,  # of 4,000 tokens and more, train on so many at once (ladder/sampled.py); 0: all
     dropout=0.0,  # 0.1 and more where there are many passes over the text
     # samples
     start="\n",  # the text that samples continue; <|endoftext|> is its token
@@ -167,7 +169,8 @@ def climb_rung(name, c, data, folder):
 
 def training_settings(name, c, data):
     """Return what the weights of a rung depend on."""
-    keys = ["seconds", "max_iters", "seed", "width", "layers", "learning_rate", "dropout"]
+    keys = ["seconds", "max_iters", "seed", "width", "layers", "learning_rate", "draws",
+            "dropout"]
     if name == "mlp":
         keys.append("order")
     if name in NGRAMS:

@@ -3,7 +3,8 @@
     model = make_neural("lstm", tokenizer, c)
     curve = train_neural("lstm", model, train_tokens, val_tokens, tokenizer, c)
 
-c has climb.py's settings: order, width, layers, dropout, learning_rate, seconds, max_iters, seed.
+c has climb.py's settings: order, width, layers, dropout, learning_rate, draws, seconds, max_iters
+and seed.
 The sizes below are those of a minute on two CPU cores; 0 in c stands for them.
 """
 
@@ -32,8 +33,7 @@ SIZES = {"mlp": (200, 1, 2e-3), "rnn": (200, 1, 2e-3), "gru": (200, 2, 3e-3),
 NEURAL = tuple(SIZES)
 BATCH = (20, 35)  # sequences and their length; Zaremba's
 MASKED_BATCH = (8, 128)
-# From so many tokens on, train on a part of the softmax with SGD, about as Zaremba et al. 2014 do.
-LARGE_VOCABULARY, DRAWS = 4000, 2000
+LARGE_VOCABULARY = 4000  # from so many tokens on, train with SGD, about as Zaremba et al. 2014
 SGD = {"optimizer": "sgd", "learning_rate": 20.0, "grad_clip": 0.25}
 EVAL_TOKENS = 20_000  # of the validation split, for a point of the curve
 
@@ -79,8 +79,9 @@ def train_neural(name, model, train_tokens, val_tokens, tokenizer, c):
     # how the model is trained
     settings = {"learning_rate": SIZES[name][2]}
     if name != "masked" and tokenizer.vocab_size >= LARGE_VOCABULARY:
-        model.sampler = Sampler(train_tokens, tokenizer.vocab_size, DRAWS)
         settings = dict(SGD)
+        if c.draws:  # and on a part of the softmax
+            model.sampler = Sampler(train_tokens, tokenizer.vocab_size, c.draws)
     if c.learning_rate:
         settings["learning_rate"] = c.learning_rate
     history = train(model, batches, measure, seconds=c.seconds, max_iters=c.max_iters, label=name,
