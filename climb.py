@@ -29,17 +29,19 @@ from ladder.masked import MaskedGPT, blank_losses, choose_blanks, special_ids
 from ladder.neural import NEURAL, blanks_filled, make_neural, train_neural
 from ladder.ngram import NGram
 from ladder.transformer import Transformer, learning_curve
+from ladder.word_scores import describe, draw_words
+from ladder.word_vectors import WordVectors, words_of
 from runtime.terminal import Progress, say
 from text.tokenizer import Tokenizer, load_tokenizer
 
 NGRAMS = ("maximum_likelihood", "add_k", "kneser_ney")
 CONFIG = Path(__file__).parent / "config"
 TRANSFORMERS = {"gpt": ["train_stdlib.py"], "modern": ["train_stdlib.py", "modern.py"]}
-RUNGS = (*NGRAMS, *NEURAL, *TRANSFORMERS)
+RUNGS = (*NGRAMS, *NEURAL, *TRANSFORMERS, "vectors")
 LIMITS = {"order": ">= 1, <= 100", "short_order": ">= 1, <= 100", "added": "> 0",
           "train_tokens": ">= 1", "eval_tokens": ">= 2", "seconds": ">= 0", "max_iters": ">= 0",
           "width": ">= 0", "layers": ">= 0", "dropout": ">= 0, < 1", "learning_rate": ">= 0",
-          "draws": ">= 0", "sample_tokens": ">= 1", "temperature": "> 0",
+          "draws": ">= 0", "sample_tokens": ">= 1", "temperature": "> 0", "epochs": ">= 1",
           "model": ("", *RUNGS)}
 
 # of the table: (key, width, number format)
@@ -68,6 +70,11 @@ def main(
     learning_rate=0.0,  # at the peak
     draws=2000,  # of 4,000 tokens and more, train on so many at once (ladder/sampled.py); 0: all
     dropout=0.0,  # 0.1 and more where there are many passes over the text
+    # word vectors
+    epochs=1,  # passes over the text
+    words="",  # whose neighbours are shown ('': some common ones)
+    analogies="",  # a file of questions as word2vec's questions-words.txt
+    judgements="",  # a file of people's scores of pairs of words, as WordSim-353's
     # samples
     start="\n",  # the text that samples continue; <|endoftext|> is its token
     sample_tokens=200,  # tokens in a sample
@@ -138,7 +145,8 @@ def climb_rung(name, c, data, folder):
     """Return what is known of a rung, its meta.json. What an earlier call did is not done again."""
     training = training_settings(name, c, data)
     measuring = {key: getattr(c, key) for key in
-                 ("test", "eval_tokens", "seed", "start", "sample_tokens", "temperature", "blanks")}
+                 ("test", "eval_tokens", "seed", "start", "sample_tokens", "temperature", "blanks",
+                  "words", "analogies", "judgements")}
     meta, model = {}, None
     if (folder / "meta.json").is_file():
         meta = read_json(folder / "meta.json")
@@ -163,12 +171,17 @@ def climb_rung(name, c, data, folder):
     if meta.get("measuring") != measuring:
         model = model or load_model(name, c, data.tokenizer, folder)
         meta |= {"measuring": measuring, **measure(model, c, data)}
+        if name == "vectors":
+            draw_words(folder / "words.png", model, c.words)
         write_json(folder / "meta.json", meta)
     return meta
 
 
 def training_settings(name, c, data):
     """Return what the weights of a rung depend on."""
+    if name == "vectors":
+        return {"dataset": c.dataset, "tokens": len(data.train), "seed": c.seed,
+                "epochs": c.epochs}
     keys = ["seconds", "max_iters", "seed", "width", "layers", "learning_rate", "draws",
             "dropout"]
     if name == "mlp":
@@ -182,7 +195,7 @@ def training_settings(name, c, data):
 
 
 def make_model(name, c, tokenizer):
-    """Return the untrained model of a rung. All models but `masked` have
+    """Return the untrained model of a rung. All models but `masked` and `vectors` have
 
         losses(tokens)      (N,) ids of a text to (N - 1,) float64: nats of each but the first
         start()             the state before the first token
@@ -190,6 +203,8 @@ def make_model(name, c, tokenizer):
         size()              (a number, "parameters" or "bytes")
         state_dict(), load_state_dict(tensors)
     """
+    if name == "vectors":
+        return WordVectors(seed=c.seed)
     if name in NEURAL:
         return make_neural(name, tokenizer, c)
     order = c.order if name == "kneser_ney" else c.short_order
@@ -208,7 +223,11 @@ def train_model(name, model, c, data):
         share = done
         progress.show()
 
-    model.fit(data.train, show)
+    if name == "vectors":
+        ids, vocabulary = words_of(data.train, data.tokenizer)
+        model.fit(ids, vocabulary, c.epochs, show_progress=show)
+    else:
+        model.fit(data.train, show)
     return []
 
 
@@ -255,6 +274,9 @@ def measure(model, c, data):
     """Return the losses of a model, its size, a sample, and how fast it was drawn."""
     number, unit = model.size()
     scores = {"size": number, "unit": unit}
+    if isinstance(model, WordVectors):
+        scores["sample"] = describe(model, c.words, c.analogies, c.judgements)
+        return scores
     # The same tokens for all: `masked` sees both sides of them, the others the left one.
     places = choose_blanks(data.val, special_ids(data.tokenizer), np.random.default_rng(c.seed))
     if isinstance(model, MaskedGPT):
