@@ -76,7 +76,7 @@ def main(
     analogies="",  # a file of questions as word2vec's questions-words.txt
     judgements="",  # a file of people's scores of pairs of words, as WordSim-353's
     # samples
-    start="\n",  # the text that samples continue; <|endoftext|> is its token
+    start="\n",  # the text that samples continue; '': the beginning of a document
     sample_tokens=200,  # tokens in a sample
     temperature=0.8,  # 1: the model's own probabilities; less: the probable is more so
     blanks="",  # a text whose [MASK]s `masked` fills; '': some of the validation tokens
@@ -88,10 +88,15 @@ def main(
 
     # Climb: train the rungs that are missing, and measure them.
     rungs = [model] if model else RUNGS
-    rows = {}
-    for name in rungs:
-        rows[name] = climb_rung(name, c, data, folder / name)
-        say(f"\n--- {name}\n{rows[name]['sample']}\n")
+    for number, name in enumerate(rungs, start=1):
+        say(f"{name}, rung {number} of {len(rungs)}")
+        row = climb_rung(name, c, data, folder / name)
+        say(f"\n--- {name}\n{row['sample']}\n")
+
+    # Show them, beside those of earlier calls that were measured alike.
+    rows = {name: read_json(folder / name / "meta.json") for name in RUNGS
+            if (folder / name / "meta.json").is_file()}
+    rows = {name: row for name, row in rows.items() if row.get("measuring") == measuring_of(c)}
     say(table(rows, data))
     draw(folder / "climb.png", rows)
 
@@ -105,6 +110,7 @@ class Data(NamedTuple):
     train: np.ndarray  # (N,) ids
     val: np.ndarray  # (M,) ids; all but the first are predicted
     test: np.ndarray | None  # the same of another dataset
+    prompt: list  # of the samples, ids
     note: str  # which tokens are measured, in words
 
 
@@ -117,8 +123,12 @@ def read_data(c):
         test = read_tokens(c.test, "val", tokenizer, c.eval_tokens)
     val = read_tokens(c.dataset, "val", tokenizer, c.eval_tokens)
     train = read_tokens(c.dataset, "train", tokenizer, c.train_tokens)
+    prompt = tokenizer.encode_prompt(c.start)
+    if not prompt and tokenizer.eot is None:
+        raise UserError("start='': this dataset has no documents, with whose beginning samples "
+                        "could begin; give them a text to continue")
     note = f"measured on {len(val) - 1:,} validation tokens, trained on up to {len(train):,}"
-    return Data(tokenizer, train, val, test, note)
+    return Data(tokenizer, train, val, test, prompt or [tokenizer.eot], note)
 
 
 def read_tokens(dataset, split, tokenizer, limit):
@@ -143,17 +153,13 @@ def read_tokens(dataset, split, tokenizer, limit):
 
 def climb_rung(name, c, data, folder):
     """Return what is known of a rung, its meta.json. What an earlier call did is not done again."""
-    training = training_settings(name, c, data)
-    measuring = {key: getattr(c, key) for key in
-                 ("test", "eval_tokens", "seed", "start", "sample_tokens", "temperature", "blanks",
-                  "words", "analogies", "judgements")}
+    training, measuring = training_settings(name, c, data), measuring_of(c)
     meta, model = {}, None
     if (folder / "meta.json").is_file():
         meta = read_json(folder / "meta.json")
 
     # Train it.
     if meta.get("training") != training:
-        say(f"{name}: training")
         started = time.perf_counter()
         if name in TRANSFORMERS:
             curve = train_transformer(name, c, folder)
@@ -179,19 +185,25 @@ def climb_rung(name, c, data, folder):
 
 def training_settings(name, c, data):
     """Return what the weights of a rung depend on."""
-    if name == "vectors":
-        return {"dataset": c.dataset, "tokens": len(data.train), "seed": c.seed,
-                "epochs": c.epochs}
     keys = ["seconds", "max_iters", "seed", "width", "layers", "learning_rate", "draws",
             "dropout"]
     if name == "mlp":
         keys.append("order")
+    if name == "vectors":
+        keys = ["seed", "epochs"]
     if name in NGRAMS:
         keys = ["order"] if name == "kneser_ney" else ["short_order"]
     if name == "add_k":
         keys.append("added")
     settings = {key: getattr(c, key) for key in keys}
     return {"dataset": c.dataset, "tokens": len(data.train), **settings}
+
+
+def measuring_of(c):
+    """Return what the scores of a rung depend on, beside its weights."""
+    keys = ("test", "eval_tokens", "seed", "start", "sample_tokens", "temperature", "blanks",
+            "words", "analogies", "judgements")
+    return {key: getattr(c, key) for key in keys}
 
 
 def make_model(name, c, tokenizer):
@@ -234,9 +246,11 @@ def train_model(name, model, c, data):
 def train_transformer(name, c, folder):
     """Train a transformer by train.py, in a folder; return its learning curve."""
     argv = [str(CONFIG / file) for file in TRANSFORMERS[name]]
+    iterations = c.max_iters or 10**9  # until the seconds are over
     argv += [f"--dataset={c.dataset}", f"--out_dir={folder}", f"--seed={c.seed}",
-             f"--max_minutes={c.seconds / 60}", "--max_iters=1000000", "--lr_decay_iters=1000000",
-             "--eval_interval=100", "--eval_tokens=20480", "--log_interval=20"]
+             f"--max_minutes={c.seconds / 60}", f"--max_iters={iterations}",
+             f"--lr_decay_iters={iterations}", "--eval_interval=100", "--eval_tokens=20480",
+             "--log_interval=20"]
     train.main(**configure(train.main, argv))
     return learning_curve(folder)
 
@@ -294,13 +308,10 @@ def measure(model, c, data):
         scores["bits_per_byte"] = nats / math.log(2) / text_bytes
 
     # A sample.
-    prompt = data.tokenizer.encode_prompt(c.start)
-    if not prompt:
-        raise UserError("start='': give the samples a text to continue, such as --start=The")
-    started = time.perf_counter()
-    ids = draw_sample(model, prompt, c.sample_tokens, c.temperature, np.random.default_rng(c.seed))
-    scores["tokens_per_s"] = (len(prompt) + len(ids)) / (time.perf_counter() - started)
-    scores["sample"] = data.tokenizer.decode([*prompt, *ids])
+    started, rng = time.perf_counter(), np.random.default_rng(c.seed)
+    ids = draw_sample(model, data.prompt, c.sample_tokens, c.temperature, rng)
+    scores["tokens_per_s"] = (len(data.prompt) + len(ids)) / (time.perf_counter() - started)
+    scores["sample"] = data.tokenizer.decode([*data.prompt, *ids])
     return scores
 
 

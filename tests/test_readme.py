@@ -20,7 +20,8 @@ import configurator
 import train
 
 ROOT = Path(train.__file__).parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data/README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data/README.md",
+         ROOT / "ladder/README.md"]
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
 SHORTER = {  # flags that make each script quick
     "prepare.py": [],
@@ -36,9 +37,9 @@ ELSEWHERE = {  # what cannot run here, and why: its settings alone are checked
     "finetune_shakespeare.py": "needs OpenAI's weights",
     "--ready_made": "needs the hub", "fineweb": "needs the hub", "openwebtext": "needs the hub",
     "s3://": "needs a bucket", "--init_from=gpt2": "needs OpenAI's weights",
-    "serve.py": "does not end",
+    "serve.py": "does not end", "climb.py": "takes ten minutes",
 }
-OURS = r"\b(?:prepare|filter|train|sample|evaluate|bench|convert|serve)\.py"
+OURS = r"\b(?:prepare|filter|train|sample|evaluate|bench|convert|serve|climb)\.py"
 
 
 def commands():
