@@ -64,7 +64,7 @@ def main(
     added=0.1,  # add_k: what is added to each count
     # neural models
     seconds=60.0,  # train each for so long, without evaluations
-    max_iters=0,  # train for so many iterations instead, with --seconds=0
+    max_iters=0,  # train for so many iterations instead
     width=0,  # hidden units; 0: the rung's own, as in the next two
     layers=0,  # of rnn, gru, lstm and masked
     learning_rate=0.0,  # at the peak

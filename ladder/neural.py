@@ -28,14 +28,14 @@ from ladder.training import contiguous_chunks, random_windows, train
 from runtime.seeds import seed_for
 
 # {rung: (width, layers, peak learning rate)}; MLP has one layer whatever is asked for
-SIZES = {"mlp": (200, 1, 2e-3), "rnn": (200, 1, 2e-3), "gru": (200, 2, 3e-3),
-         "lstm": (200, 2, 3e-3), "masked": (128, 4, 2e-3)}
+SIZES = {"mlp": (200, 1, 2e-3), "rnn": (200, 1, 2e-3), "gru": (200, 2, 1e-2),
+         "lstm": (200, 2, 1e-2), "masked": (128, 4, 2e-3)}
 NEURAL = tuple(SIZES)
 BATCH = (20, 35)  # sequences and their length; Zaremba's
 MASKED_BATCH = (8, 128)
 LARGE_VOCABULARY = 4000  # from so many tokens on, train with SGD, about as Zaremba et al. 2014
-SGD = {"optimizer": "sgd", "learning_rate": 20.0, "grad_clip": 0.25}
-EVAL_TOKENS = 20_000  # of the validation split, for a point of the curve
+SGD = {"sgd": True, "learning_rate": 20.0, "grad_clip": 0.25}
+EVAL_TOKENS = 8000  # of the validation split, for a point of the curve
 
 
 def make_neural(name, tokenizer, c):

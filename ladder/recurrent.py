@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ladder.sampled import token_losses
 
 CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
-ROW = 2**17  # `losses` reads longer texts as several rows,
+ROW = 2**14  # `losses` reads longer texts as several rows,
 WARM_UP = 1024  # each after so many tokens that only bring up its state
 CHUNK = 512  # tokens per row that `losses` reads at once
 
@@ -88,7 +88,10 @@ class Recurrent(nn.Module):
         forget gate starts open (Jozefowicz et al. 2015)."""
         scale = 1 / math.sqrt(self.cells.hidden_size)
         for p in self.parameters():
-            p.uniform_(-scale, scale) if p.dim() == 2 else p.zero_()
+            if p.dim() == 2:
+                p.uniform_(-scale, scale)
+            else:
+                p.zero_()
         self.head.weight.uniform_(-0.1, 0.1)
         if isinstance(self.cells, nn.LSTM):
             # the forget gates are the second quarter of an LSTM's biases

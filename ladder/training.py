@@ -8,7 +8,7 @@
 
     advance(tokens, targets, state) -> (losses (B, T), the state after these tokens)
 
-and the state begins the next batch; it is None where a model has none. Optimizer and schedule are
+and the state begins the next batch; it is None where a model has none. AdamW and the schedule are
 those of train.py; everything is in float32.
 """
 
@@ -26,29 +26,28 @@ from training.optim import adamw, lr_at
 EVALUATIONS = 10  # during a run, for the picture
 
 
-def train(model, batches, measure, learning_rate, seconds=0.0, max_iters=0, weight_decay=0.0,
-          grad_clip=1.0, warmup_iters=100, optimizer="adamw", label="training"):
-    """Train a model until `seconds` of training have passed, or for max_iters iterations; the
-    cosine schedule ends there, at a hundredth of learning_rate.
+def train(model, batches, measure, learning_rate, seconds=0.0, max_iters=0, sgd=False,
+          grad_clip=1.0, warmup_iters=100, label="training"):
+    """Train a model for max_iters iterations, or, where that is 0, until `seconds` of training have
+    passed; the cosine schedule ends there, at a hundredth of learning_rate.
 
-    batches: yields (tokens, targets), each (B, T) int64. Return the history, a list of
-    {"seconds", "iter", "train_loss", "val_loss"}, losses in nats per token: train_loss since the
-    row before it, val_loss by `measure`, which costs no `seconds`.
+    batches: yields (tokens, targets), each (B, T) int64. sgd: instead of AdamW. Return the history,
+    a list of {"seconds", "iter", "train_loss", "val_loss"}, losses in nats per token: train_loss
+    since the row before it, val_loss by `measure`, which costs no `seconds`.
     Raises UserError where the loss is not finite any more.
     """
     if not seconds and not max_iters:
         raise UserError("seconds=0 and max_iters=0: give the training one of the two")
     device = next(model.parameters()).device
-    if optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), learning_rate, weight_decay=weight_decay)
-    else:
-        optimizer = adamw(model, learning_rate, weight_decay, (0.9, 0.99))
+    optimizer = adamw(model, learning_rate, 0.0, (0.9, 0.99))
+    if sgd:
+        optimizer = torch.optim.SGD(model.parameters(), learning_rate)
     history, losses_seen, state, iter_num, used, clock = [], [], None, 0, 0.0, 0.0
     progress = Progress(label, lambda: used)
     model.train()
     for tokens, targets in batches:
         # how much of the budget is used, and the learning rate there
-        used = clock / seconds if seconds else iter_num / max_iters
+        used = iter_num / max_iters if max_iters else clock / seconds
         # every tenth of the budget, and at the end: evaluate, while the clock stands still
         if used >= len(history) / EVALUATIONS:
             history.append(evaluation(model, measure, clock, iter_num, losses_seen))

@@ -53,6 +53,15 @@ def test_equal_seeds_give_equal_weights(kind):
     assert torch.equal(*weights)
 
 
+def test_sgd_is_plain_gradient_descent():
+    model, batches = make("mlp")
+    before = model.head.bias.detach().clone()
+    loss = model(*next(windows())).mean()
+    gradient, = torch.autograd.grad(loss, [model.head.bias])
+    train(model, batches, lambda: 0, 0.1, max_iters=1, sgd=True, warmup_iters=0, grad_clip=1e9)
+    torch.testing.assert_close(model.head.bias.detach(), before - 0.1 * gradient)
+
+
 def test_the_budget_may_be_seconds():
     model, batches = make("mlp")
     history = train(model, batches, measure(model), 1e-2, seconds=0.3)
