@@ -44,6 +44,7 @@ class MaskedGPT(GPT):
     @torch.no_grad()
     def log_probabilities(self, tokens):
         """Return the log-probabilities of the token at each place, (B, T, V) float64, of (B, T)."""
+        # the mask itself is no answer
         logits = self.logits(tokens)[..., :self.mask_id].double()  # (B, T, V)
         return F.log_softmax(logits, -1)
 
@@ -56,6 +57,7 @@ class MaskedGPT(GPT):
 
 def masked_batches(batches, mask_id, never, generator):
     """Yield (tokens with blanks, targets), each (B, T), of batches of (tokens, next tokens)."""
+    # the targets of the causal models are of no use here
     for tokens, _ in batches:
         yield hide_tokens(tokens, mask_id, never, generator)
 
@@ -120,6 +122,7 @@ def encode_blanks(model, tokenizer, prompt):
     token. Raises UserError for a prompt without a blank, and for one that is too long."""
     if MASK not in prompt:
         raise UserError(f"{prompt!r:.60} has no blank to fill: write {MASK} in place of a token")
+    # put the mask's id between the parts that [MASK] separates
     first, *others = prompt.split(MASK)
     ids = tokenizer.encode(first).tolist()
     for part in others:

@@ -34,6 +34,7 @@ class MLP(nn.Module):
         super().__init__()
         self.context, self.blank = order - 1, vocab_size  # blank: the id before the text begins
         self.embedding = nn.Embedding(vocab_size + 1, channels)
+        nn.init.normal_(self.embedding.weight, std=0.3)  # torch's 1.0 is much for SGD to move
         self.hidden = nn.Linear(self.context * channels, width)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, vocab_size)

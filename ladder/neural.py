@@ -64,6 +64,7 @@ def train_neural(name, model, train_tokens, val_tokens, tokenizer, c):
     blanks = choose_blanks(val_tokens, never, np.random.default_rng(c.seed))
 
     def measure():
+        # a point of the curve
         if name == "masked":
             return blank_losses(model, val_tokens, blanks).mean()
         return model.losses(val_tokens).mean()
