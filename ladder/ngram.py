@@ -43,10 +43,9 @@ class NGram:
     def __init__(self, order, vocab_size, smoothing="kneser_ney", added=0.1, boundary=None):
         self.order, self.vocab_size, self.boundary = order, vocab_size, boundary
         self.smoothing, self.added = smoothing, added
-        # {order: array}: the sorted keys of its n-grams, and their counts
-        self.keys, self.counts = {}, {}
-        # {order: array}: D for a count of 0, 1, 2 and more; total and free of each history
-        self.discounts, self.totals, self.free = {}, {}, {}
+        # {order: array}: the sorted keys of its n-grams, and their counts; D for a count of 0, 1, 2
+        # and more; total and free of each history
+        self.keys, self.counts, self.discounts, self.totals, self.free = {}, {}, {}, {}, {}
         # which orders the probabilities are made of
         self.orders_used = [order] if smoothing == "add_k" else range(1, order + 1)
 
@@ -67,11 +66,15 @@ class NGram:
         for k in range(2, self.order + 1):
             if show_progress:
                 show_progress((k - 2) / (self.order - 1))
-            # Sort the k-grams, and number them.
-            ends = np.flatnonzero(before >= k - 1)
+            # Sort the k-grams; the first of each kind gives a key (np.unique takes more memory).
+            ends = np.flatnonzero(before >= k - 1).astype(np.int32)
             keys = numbers[ends - 1] * np.int64(V) + tokens[ends]
-            self.keys[k], first, longer_numbers, longer_occurrences = np.unique(
-                keys, return_index=True, return_inverse=True, return_counts=True)
+            places = np.argsort(keys)
+            keys, ends = keys[places], ends[places]
+            is_first = np.append(True, keys[1:] != keys[:-1])
+            first, self.keys[k] = np.flatnonzero(is_first), keys[is_first]
+            longer_occurrences = np.diff(np.append(first, len(keys)))
+            del keys, places
 
             # The counts of the order below: of occurrences, or of different tokens before it. An
             # n-gram at the beginning, which has no token before it, keeps its occurrences.
@@ -83,7 +86,8 @@ class NGram:
             self.set_counts(k - 1, occurrences)
             occurrences = longer_occurrences
             numbers = np.full(N, -1, np.int32)
-            numbers[ends] = longer_numbers
+            numbers[ends] = np.cumsum(is_first, dtype=np.int32) - 1
+            del ends, is_first, first
         self.set_counts(self.order, occurrences)
 
     def set_counts(self, k, counts):
@@ -96,11 +100,11 @@ class NGram:
         taken = self.discounts[k][np.minimum(counts, 3)]
         history = self.keys[k] // V
         size = len(self.keys.get(k - 1, [0]))  # how many histories there are
-        self.totals[k] = np.bincount(history, counts, size)
+        self.totals[k] = np.bincount(history, counts, size).astype(np.int32)
         self.free[k] = np.bincount(history, taken, size)
         # Adding to every count is the same as a share of the uniform distribution.
         if self.smoothing == "add_k":
-            self.totals[k] += self.added * V
+            self.totals[k] = self.totals[k] + self.added * V
             self.free[k] += self.added * V
 
     def tokens_before(self, tokens):
@@ -117,8 +121,8 @@ class NGram:
         (N,) ids to (N - 1,) float64."""
         tokens = np.asarray(tokens, np.int64)
         before = self.tokens_before(tokens)
-        probabilities = np.full(len(tokens), 1 / self.vocab_size)  # of each token, by order 0
-        numbers = np.zeros(len(tokens), np.int64)  # of the k-gram that ends there, for k = 0
+        probabilities = np.full(len(tokens), 1 / self.vocab_size)  # by order 0
+        numbers = np.zeros(len(tokens), np.int64)  # of the k-grams that end there, for k = 0
         for k in range(1, self.order + 1):
             # A history is the shorter n-gram that ends one token before.
             history = np.roll(numbers, 1)
