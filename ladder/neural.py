@@ -28,7 +28,7 @@ from ladder.training import contiguous_chunks, random_windows, train
 from runtime.seeds import seed_for
 
 # {rung: (width, layers, peak learning rate)}; MLP has one layer whatever is asked for
-SIZES = {"mlp": (200, 1, 2e-3), "rnn": (200, 1, 2e-3), "gru": (200, 2, 1e-2),
+SIZES = {"mlp": (200, 1, 1e-2), "rnn": (200, 1, 2e-3), "gru": (200, 2, 1e-2),
          "lstm": (200, 2, 1e-2), "masked": (128, 4, 2e-3)}
 NEURAL = tuple(SIZES)
 BATCH = (20, 35)  # sequences and their length; Zaremba's
