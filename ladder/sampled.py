@@ -7,7 +7,7 @@ right. Here the right one is compared with a part of the others: each is in it w
 its own. Subtracting the logarithm of this probability from the logit makes up for it, so that the
 best logits are those of the whole softmax (McFadden 1978, "Modelling the Choice of Residential
 Location", the sampling of alternatives; in language models Bengio and Senecal 2003, Jean et al.
-2015, arXiv:1412.2007). AdamW takes too large steps for tokens that are rarely drawn: use SGD.
+2015, arXiv:1412.2007). What it is worth: experiments/ladder.md.
 Sizes: N tokens, K draws, C channels, V vocabulary.
 """
 
