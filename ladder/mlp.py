@@ -33,6 +33,7 @@ class MLP(nn.Module):
         """order: n, the context with the token that it predicts."""
         super().__init__()
         self.context, self.blank = order - 1, vocab_size  # blank: the id before the text begins
+        # the vectors C of the paper, its H and d, its U and b
         self.embedding = nn.Embedding(vocab_size + 1, channels)
         nn.init.normal_(self.embedding.weight, std=0.3)  # torch's 1.0 is much for SGD to move
         self.hidden = nn.Linear(self.context * channels, width)

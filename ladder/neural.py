@@ -85,6 +85,7 @@ def train_neural(name, model, train_tokens, val_tokens, tokenizer, c):
             model.sampler = Sampler(train_tokens, tokenizer.vocab_size, c.draws)
     if c.learning_rate:
         settings["learning_rate"] = c.learning_rate
+    # train it
     history = train(model, batches, measure, seconds=c.seconds, max_iters=c.max_iters, label=name,
                     **settings)
     return [(row["seconds"], row["val_loss"]) for row in history]
@@ -100,7 +101,7 @@ def blanks_filled(model, tokenizer, val_tokens, prompt):
         ids = np.array(val_tokens[:model.config.block_size // 2])
         ids[5::6] = model.mask_id
     filled, choices = fill_blanks(model, ids, never)
-    # the text, then a line for each blank
+    # show them: the text, then a line for each blank
     lines = [tokenizer.decode(filled)]
     for number, found in enumerate(choices, start=1):
         shares = [f"{tokenizer.decode([i])!r} {share:.0%}" for i, share in found]

@@ -56,8 +56,10 @@ def gru_cell(x, h, w_x, w_h, b_x, b_h):
 
 def lstm_cell(x, h, c, w_x, w_h, b_x, b_h):
     """Return the next states (h, c) of an LSTM."""
+    # what each gate says, from the input and the old state
     gates = x @ w_x.T + b_x + h @ w_h.T + b_h  # (B, 4 C)
     write, keep, candidate, show = gates.chunk(4, -1)  # each (B, C): input, forget, cell, output
+    # keep some of the cell and write some; then show some of it
     c = torch.sigmoid(keep) * c + torch.sigmoid(write) * torch.tanh(candidate)  # (B, C)
     h = torch.sigmoid(show) * torch.tanh(c)  # (B, C)
     return h, c
@@ -76,6 +78,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, vocab_size, cell="lstm", layers=2, width=200, dropout=0.0):
         super().__init__()
+        # torch warns of dropout between layers where there is only one
         self.dropout = nn.Dropout(dropout)
         between_layers = dropout if layers > 1 else 0.0
         self.cells = CELLS[cell](width, width, layers, batch_first=True, dropout=between_layers)

@@ -36,6 +36,7 @@ class Sampler:
 
     def __init__(self, tokens, vocab_size, count):
         """tokens: the training text (N,). count: how many are drawn, about."""
+        # the probability of each token to be in a draw; frequent ones are in all draws
         frequencies = np.bincount(tokens, minlength=vocab_size) + 1.0  # (V,): none is impossible
         weights = frequencies ** 0.75
         included = (count * weights / weights.sum()).clip(max=1)  # (V,)
