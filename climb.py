@@ -227,6 +227,7 @@ def train_model(name, model, c, data):
     """Train a model; return its learning curve, [(seconds, loss)]; [] for one without."""
     if name in NEURAL:
         return train_neural(name, model, data.train, data.val, data.tokenizer, c)
+    # The others have no curve, but a line of progress.
     share = 0.0
     progress = Progress(name, lambda: share)
 
@@ -245,6 +246,7 @@ def train_model(name, model, c, data):
 
 def train_transformer(name, c, folder):
     """Train a transformer by train.py, in a folder; return its learning curve."""
+    # The settings of train.py: its config files, and what is asked for here.
     argv = [str(CONFIG / file) for file in TRANSFORMERS[name]]
     iterations = c.max_iters or 10**9  # until the seconds are over
     argv += [f"--dataset={c.dataset}", f"--out_dir={folder}", f"--seed={c.seed}",
@@ -260,6 +262,7 @@ def save_model(folder, model):
     import torch
     from safetensors.torch import save_file
 
+    # Write the new model aside; a model without meta.json is not finished.
     tensors = {key: torch.as_tensor(value) for key, value in model.state_dict().items()}
     path, aside = folder / "model.safetensors", folder / "model.tmp"
     with naming_write_errors(path, "run the same command again"):
@@ -297,6 +300,7 @@ def measure(model, c, data):
         scores["blanks"] = float(blank_losses(model, data.val, places).mean())
         scores["sample"] = blanks_filled(model, data.tokenizer, data.val, c.blanks)
         return scores
+    # What each token costs, after those before it.
     losses = model.losses(data.val)
     scores |= {"loss": float(losses.mean()), "blanks": float(losses[places - 1].mean())}
     if data.test is not None:
@@ -317,6 +321,7 @@ def measure(model, c, data):
 
 def draw_sample(model, prompt, count, temperature, rng):
     """Return `count` ids that continue a prompt, each drawn from the model's probabilities."""
+    # Read the prompt.
     state = model.start()
     for token in prompt:
         log_p, state = model.step(token, state)
@@ -337,6 +342,7 @@ def draw_sample(model, prompt, count, temperature, rng):
 def table(rows, data):
     """Return the rungs as text, one in a line; what one of them has not is a dash."""
     lines = [data.note, f"{'rung':<20}" + "".join(f"{key:>{width}}" for key, width, _ in COLUMNS)]
+    # A line for each rung.
     for name, row in rows.items():
         cells = {**row, "size": f"{row['size']:,} {row['unit'][:6]}"}
         if "loss" in row:
@@ -371,6 +377,7 @@ def draw(path, rows):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    # A line, or a point, for each rung.
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, row in rows.items():
         seconds, losses = zip(*(row["curve"] or [(row["seconds"], row["loss"])]), strict=True)

@@ -106,6 +106,7 @@ def flush_to_disk(path):
     """Wait until a file, or a folder's list of files, is on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows flushes no folders
         return
+    # A folder can only be opened for reading.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -114,6 +115,7 @@ def flush_to_disk(path):
 
 
 def hash_file(path):
+    # A piece at a time: files may be larger than the memory.
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**20):

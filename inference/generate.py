@@ -188,6 +188,7 @@ class Batch:
 
     def cache_and_start(self, rows):
         """Return the part of the cache that decoding reads, and the positions of the tokens."""
+        # The newest token of a sequence comes after all that is cached.
         positions = [sequence.cached for sequence in rows]
         start = torch.tensor(positions, device=self.runtime.device)  # (B,)
         if self.compiled:
@@ -210,6 +211,7 @@ def draw_uniforms(generator):
 def prefill(model, ids, cache, row, runtime, start=0):
     """Read ids, a list, in one pass: write their keys and values into a row of the cache, at the
     positions from `start` on. cache: from model.make_cache; it holds what is before them."""
+    # The row is a batch of one.
     tokens = torch.tensor([ids], device=runtime.device)  # (1, T)
     part = [(k[row:row + 1], v[row:row + 1]) for k, v in cache]
     with runtime.autocast():

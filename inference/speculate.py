@@ -44,6 +44,7 @@ def generate_with_proposals(model, source, prompt_ids, generator, max_new_tokens
         while accepted < len(proposal) and ids[accepted] == proposal[accepted]:
             accepted += 1
         new_ids = ids[:accepted + 1]
+        # A sample ends before end-of-text.
         if end_of_text in new_ids:
             new_ids = new_ids[:new_ids.index(end_of_text)]
         if passes is not None:
@@ -121,6 +122,7 @@ class Draft:
 
     def propose(self, ids, uniforms):
         """Return an id for each of the uniforms."""
+        # The first time: begin with the prompt.
         if self.batch.sequences[0] is None:
             self.batch.add(ids, self.sampling, None)
         sequence, = self.batch.sequences
@@ -131,5 +133,6 @@ class Draft:
             kept += 1
         sequence.cached = max(0, min(sequence.cached, kept - sequence.window_start))
         sequence.ids = list(ids)
+        # Draw as many as there are numbers.
         sequence.uniforms = iter(uniforms)
         return [self.batch.step()[0] for _ in uniforms]

@@ -84,10 +84,12 @@ def draw_words(path, vectors, words):
 def analogy_score(vectors, questions):
     """Return (right answers, questions whose words all have vectors) of [(a, b, c, d)]: is d the
     word nearest to b - a + c, other than a, b and c?"""
-    asked = [q for q in questions if all(word in vectors.id_of for word in q)]
+    # Leave out the questions with a word that has no vector.
+    asked = [q for q in questions if vectors.id_of.keys() >= set(q)]
     right, unit = 0, vectors.unit()
     for first in range(0, len(asked), 500):
         a, b, c, d = np.array([vectors.ids(*q) for q in asked[first:first + 500]]).T
+        # Some questions at once; the words of a question are no answer to it.
         cosines = (unit[b] - unit[a] + unit[c]) @ unit.T  # (questions, W), but for the length
         for excluded in (a, b, c):
             cosines[np.arange(len(a)), excluded] = -np.inf
@@ -101,6 +103,7 @@ def similarity_score(vectors, pairs):
     known = [p for p in pairs if p[0] in vectors.id_of and p[1] in vectors.id_of]
     if len(known) < 2:
         return float("nan"), len(known)
+    # How similar the model finds them, and how similar people do.
     unit = vectors.unit()
     cosines = [float(unit[vectors.id_of[a]] @ unit[vectors.id_of[b]]) for a, b, _ in known]
     people = [score for _, _, score in known]

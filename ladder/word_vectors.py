@@ -75,6 +75,7 @@ class WordVectors:
         size = (len(self.words), self.channels)
         self.v = torch.from_numpy((self.rng.random(size, np.float32) - 0.5) / self.channels)
         self.u = torch.zeros(size)
+        # How frequent each word is decides how often it is skipped, and drawn as a negative.
         counts = np.array(list(vocabulary.values()), np.float64)
         frequency = counts / counts.sum()
         kept_share = np.minimum(1, np.sqrt(subsample / frequency) + subsample / frequency)
@@ -82,6 +83,7 @@ class WordVectors:
         starts = [(epoch * len(ids) + first, first) for epoch in range(epochs)
                   for first in range(0, len(ids), CHUNK)]
         for done, first in starts:
+            # The rate falls from the first chunk to the last.
             share = done / (epochs * len(ids))
             rate = learning_rate * max(1e-4, 1 - share)
             if show_progress:
@@ -90,6 +92,7 @@ class WordVectors:
             chunk = ids[first:first + CHUNK]
             chunk = chunk[self.rng.random(len(chunk)) < kept_share[chunk]]
             pairs = self.rng.permutation(skip_gram_pairs(chunk, window, self.rng))  # (pairs, 2)
+            # A batch is so small that few words occur in it twice.
             batches = -(-len(pairs) // min(PAIRS, len(self.words)))
             for batch in np.array_split(pairs, max(1, batches)):
                 uniform = self.rng.random((len(batch), negatives)) * noise[-1]
@@ -98,6 +101,7 @@ class WordVectors:
     def update(self, pairs, negatives, rate):
         """One step down the gradient of the loss. pairs: (P, 2), a word and one near it; negatives:
         (P, K). A negative that is the near word itself does not count."""
+        # The vectors of the words, of those near them and of the negatives.
         words = torch.from_numpy(pairs[:, 0])  # (P,)
         others = np.concatenate([pairs[:, 1:], negatives], axis=1)  # (P, 1 + K)
         is_void = torch.from_numpy(others == pairs[:, 1:])
@@ -137,6 +141,7 @@ class WordVectors:
         return self.nearest(b_unit - a_unit + c_unit, count, [a, b, c])
 
     def nearest(self, vector, count, excluded):
+        # The words asked for are no answer.
         cosines = self.unit() @ (vector / np.linalg.norm(vector))
         cosines[self.ids(*excluded)] = -np.inf
         best = np.argsort(-cosines, kind="stable")[:min(count, len(cosines) - len(excluded))]
@@ -144,6 +149,7 @@ class WordVectors:
 
     def flat(self, words):
         """Return words in the two dimensions in which they differ most, (len(words), 2)."""
+        # The first two principal components.
         points = self.unit()[self.ids(*words)]
         points = points - points.mean(axis=0)
         _, _, directions = np.linalg.svd(points, full_matrices=False)

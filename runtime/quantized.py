@@ -56,6 +56,7 @@ class QuantizedMatrix(nn.Module):
         """Return what a Linear with this matrix (N, K) returns for x (..., K): (..., N), in
         autocast's number format where that is on."""
         rows = x.numel() // x.shape[-1]
+        # Many rows, or none that the kernel can read: multiply in floats.
         has_kernel = x.device.type == "cpu" and x.shape[-1] % COLUMNS_AT_ONCE == 0
         if not has_kernel or rows > FEW_ROWS:
             return F.linear(x, self.weight.to(x.dtype), self.bias)
@@ -84,6 +85,7 @@ class QuantizedEmbedding(QuantizedMatrix):
 
 def quantize(model):
     """Quantize the matrices of a GPT, in place."""
+    # Each new matrix gets the values of the one whose place it has taken.
     for name, layer in replace_matrices(model).items():
         model.get_submodule(name).fill(layer.weight)
 
@@ -93,6 +95,7 @@ def replace_matrices(model):
     Linear or Embedding that was there}."""
     replaced = {}
     for name, layer in list(model.named_modules()):
+        # What a layer is, its name says.
         last = name.rpartition(".")[2]
         if last in LINEARS:
             model.set_submodule(name, QuantizedLinear(layer))
@@ -101,6 +104,7 @@ def replace_matrices(model):
         else:
             continue
         replaced[name] = layer
+    # The head of a tied model is the table of tokens, which now multiplies.
     model.head = partial(quantized_head, model)
     return replaced
 

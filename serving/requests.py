@@ -66,6 +66,7 @@ class GenerationRequest(NamedTuple):
 def read_completion(body, model_name, tokenizer, limits):
     """Return the GenerationRequest of a body, a dict, of /v1/completions."""
     check_keys(body, model_name, COMPLETION_KEYS)
+    # A completion goes on from each of its prompts.
     prompts = read_prompts(body.get("prompt", ""), tokenizer)
     max_new_tokens = number(body, "max_tokens", 16, 1, limits.max_new_tokens)
     runners_up = number(body, "logprobs", None, 0, 20)
@@ -148,6 +149,7 @@ def check_keys(body, model_name, endpoint_keys):
     if model != model_name:
         raise Refusal(f"the model {model!r:.100} does not exist; this server has {model_name!r}",
                       "model", 404, "model_not_found")
+    # What this server does not have is refused, unless its value asks for nothing.
     for key, value in body.items():
         if key in NEUTRAL and value not in (None, NEUTRAL[key]):
             raise Refusal(f"{key}: not supported by this server; leave it out", key)
@@ -187,6 +189,7 @@ def read_stop(stop):
         texts = []
     elif isinstance(stop, str):
         texts = [stop]
+    # Check it.
     are_texts = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
     if not are_texts or len(texts) > 4 or max(map(len, texts), default=0) > 1000:
         raise Refusal("stop: must be a text of at most 1000 characters, or a list of at most 4",

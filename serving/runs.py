@@ -45,6 +45,7 @@ def describe_run(folder, name):
     path = find_runs(folder).get(name)
     if path is None:
         return None
+    # Its curves, and the settings of its newest checkpoint.
     rows = add_minutes(read_cached(path))
     curves = {key: curve(rows, key) for key in ("loss", "val_loss", "val_bpb")}
     return {"name": name, "curves": curves, "settings": read_settings(path.parent)}

@@ -26,7 +26,7 @@ MAY_IMPORT = {  # of our own modules; "command" is every other file at the top
     "ladder": {"runtime", "formats", "training", "ladder"} | SHARED,
     "command": FOLDERS | SHARED,
 }
-# bench times what they do; evaluate and serve find runs as sampling does; climb trains a transformer
+# bench times what they do; evaluate and serve find runs as sampling does; climb trains
 COMMANDS_IMPORTED = {("bench", "train"), ("bench", "sample"), ("evaluate", "sample"),
                      ("serve", "sample"), ("climb", "train")}
 ONLY_IN_RUNTIME = ("os.environ", "torch.cuda", "torch.distributed")

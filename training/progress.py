@@ -37,11 +37,13 @@ class Progress:
 
 def save(run, progress, log, writer, scores=None, is_best=False):
     """Write a checkpoint. scores: those of an evaluation at this iteration, if there was one."""
+    # The facts, which people read too.
     meta = {"iter_num": progress.iter_num, "tokens": progress.iter_num * run.tokens_per_iter,
             **(scores or {}), "best_val_loss": progress.best_val_loss,
             "bad_steps": log.bad_steps.tolist(), "minutes": log.minutes(),
             "config": run.requested, "shards": run.train_data.shards, "commit": git_commit(),
             "reference": run.training.objective.reference_sha256}
+    # The tensors: weights, optimizers, scaler; of LoRA its own part.
     state = state_of(run.training)
     if run.c.lora_rank:
         state["adapter"] = adapter_state(run.training.model, run.c)
@@ -58,9 +60,11 @@ def state_of(training):
 
 def load_trainer(checkpoint, training):
     """Load the state of the optimizers and of the scaler from a Checkpoint, and LoRA's adapter."""
+    # What LoRA has learned is not in the merged weights.
     if changes(training.model):
         adapter = checkpoint.folder / "adapter"
         fill_adapter(training.model, read_adapter(adapter)[1], adapter)
+    # The optimizers and the scaler.
     path = checkpoint.folder / "trainer.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
