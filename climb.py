@@ -63,7 +63,7 @@ def main(
     short_order=3,  # of maximum_likelihood and add_k, which need more text than there is
     added=0.1,  # add_k: what is added to each count
     # neural models
-    seconds=60.0,  # train each for so long, without evaluations
+    seconds=45.0,  # train each for so long, without evaluations
     max_iters=0,  # train for so many iterations instead
     width=0,  # hidden units; 0: the rung's own, as in the next two
     layers=0,  # of rnn, gru, lstm and masked
@@ -132,11 +132,11 @@ def read_data(c):
 
 
 def read_tokens(dataset, split, tokenizer, limit):
-    """Return the first tokens of a split, (N,) int64. Before words there is a line end, so that the
+    """Return the first tokens of a split, (N,) int32. Before words there is a line end, so that the
     first word is predicted too. Raises UserError where one is not in the vocabulary."""
     reader = TokenReader(dataset, split)
     count = min(reader.tokens, limit)
-    tokens = np.frombuffer(reader.read(0, count), reader.dtype).astype(np.int64)
+    tokens = np.frombuffer(reader.read(0, count), reader.dtype).astype(np.int32)
     if tokens.max() >= tokenizer.vocab_size:
         raise UserError(f"{reader.folder}: token {tokens.max()} is not one of its tokenizer's "
                         f"{tokenizer.vocab_size:,}; prepare the dataset again")
@@ -144,7 +144,7 @@ def read_tokens(dataset, split, tokenizer, limit):
         raise UserError(f"{reader.folder}: the {split} split has one token, and nothing to "
                         "predict; prepare more text")
     if tokenizer.kind == "words" and tokens[0] != tokenizer.eot:
-        tokens = np.concatenate([[tokenizer.eot], tokens])
+        tokens = np.insert(tokens, 0, tokenizer.eot)
     return tokens
 
 

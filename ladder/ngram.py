@@ -72,8 +72,8 @@ class NGram:
             places = np.argsort(keys)
             keys, ends = keys[places], ends[places]
             is_first = np.append(True, keys[1:] != keys[:-1])
-            first, self.keys[k] = np.flatnonzero(is_first), keys[is_first]
-            longer_occurrences = np.diff(np.append(first, len(keys)))
+            first, self.keys[k] = np.flatnonzero(is_first).astype(np.int32), keys[is_first]
+            longer_occurrences = np.diff(first, append=np.int32(len(keys)))
             del keys, places
 
             # The counts of the order below: of occurrences, or of different tokens before it. An
@@ -97,10 +97,10 @@ class NGram:
         self.discounts[k] = np.zeros(4)
         if self.smoothing == "kneser_ney":
             self.discounts[k] = modified_discounts(counts)
-        taken = self.discounts[k][np.minimum(counts, 3)]
         history = self.keys[k] // V
         size = len(self.keys.get(k - 1, [0]))  # how many histories there are
         self.totals[k] = np.bincount(history, counts, size).astype(np.int32)
+        taken = self.discounts[k][np.minimum(counts, 3)]
         self.free[k] = np.bincount(history, taken, size)
         # Adding to every count is the same as a share of the uniform distribution.
         if self.smoothing == "add_k":
@@ -120,13 +120,13 @@ class NGram:
         """Return the loss of each token of a text but the first, given those before it, in nats:
         (N,) ids to (N - 1,) float64."""
         tokens = np.asarray(tokens, np.int64)
-        before = self.tokens_before(tokens)
         probabilities = np.full(len(tokens), 1 / self.vocab_size)  # by order 0
         numbers = np.zeros(len(tokens), np.int64)  # of the k-grams that end there, for k = 0
         for k in range(1, self.order + 1):
-            # A history is the shorter n-gram that ends one token before.
+            # A history is the shorter n-gram that ends one token before. Nothing ever followed one
+            # with a boundary at its end, unless that is all of it.
             history = np.roll(numbers, 1)
-            history[before < k - 1] = -1
+            history[:k - 1] = -1
             numbers = self.find(k, history, tokens)
             if k in self.orders_used:
                 count = np.where(numbers >= 0, self.counts[k][numbers], 0)
@@ -158,8 +158,6 @@ class NGram:
 
     def step(self, token, state):
         """Read a token; return the log-probabilities of the next, (V,) float64, and the state."""
-        if token == self.boundary:
-            state = self.start()
         state = [0] + [int(self.find(k, state[k - 1], token)) for k in range(1, self.order)]
 
         # From the lowest order to the highest: what followed this history is one slice.

@@ -107,7 +107,10 @@ def test_maximum_likelihood_and_add_k_are_counts():
         np.testing.assert_allclose(
             np.exp(model.step(1, model.start())[0]),
             (np.array([0, 0, 2, 1, 0]) + added) / (3 + 5 * added), rtol=1e-12)
-    assert NGram(2, 5, "add_k").size()[1] == "bytes"
+    # the boundary that begins the text is a history and no event
+    model = NGram(1, 5, "maximum_likelihood", boundary=4)
+    model.fit(np.array([4, 1, 4]))
+    np.testing.assert_array_equal(np.exp(model.step(4, model.start())[0]), [0, 0.5, 0, 0, 0.5])
 
 
 def test_tables_are_all_there_is():
