@@ -19,9 +19,11 @@ def describe(vectors, words, analogies="", judgements=""):
     """Return as text the neighbours of some words ('': the most common long ones), and the scores
     of two files, where they are named. Raises UserError for a word that has no vector."""
     lines = []
+    # the neighbours
     for word in chosen_words(vectors, words):
         found = [f"{other} {cosine:.2f}" for other, cosine in vectors.neighbours(word, NEIGHBOURS)]
         lines.append(f"{word}: {', '.join(found)}")
+    # the analogies, by section and in all
     if analogies:
         sections = read_analogies(analogies)
         asked = sum(len(questions) for questions in sections.values())
@@ -31,6 +33,7 @@ def describe(vectors, words, analogies="", judgements=""):
             lines.append(f"{name}: {percent(section_right, section_known)} of {section_known:,}")
         lines.append(f"analogies: {percent(right, known)} of {known:,} questions; {asked:,} were "
                      "asked, the others have words without a vector")
+    # people's judgements
     if judgements:
         pairs = read_judgements(judgements)
         correlation, known = similarity_score(vectors, pairs)
@@ -59,12 +62,13 @@ def draw_words(path, vectors, words):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    # A colour for each word and its neighbours.
+    # Each word, and its neighbours.
     figure, axes = plt.subplots(figsize=(8, 6))
     groups = {}
     for word in chosen_words(vectors, words):
         groups[word] = [word] + [other for other, _ in vectors.neighbours(word, NEIGHBOURS)]
     points = vectors.flat([word for group in groups.values() for word in group])
+    # Write each at its point: a colour for each group.
     number = 0
     for colour, group in enumerate(groups.values()):
         for word in group:
@@ -84,12 +88,11 @@ def draw_words(path, vectors, words):
 def analogy_score(vectors, questions):
     """Return (right answers, questions whose words all have vectors) of [(a, b, c, d)]: is d the
     word nearest to b - a + c, other than a, b and c?"""
-    # Leave out the questions with a word that has no vector.
-    asked = [q for q in questions if vectors.id_of.keys() >= set(q)]
+    asked = [question for question in questions if vectors.id_of.keys() >= set(question)]
     right, unit = 0, vectors.unit()
+    # Some hundred questions at a time: the cosines of each with all words.
     for first in range(0, len(asked), 500):
         a, b, c, d = np.array([vectors.ids(*q) for q in asked[first:first + 500]]).T
-        # Some questions at once; the words of a question are no answer to it.
         cosines = (unit[b] - unit[a] + unit[c]) @ unit.T  # (questions, W), but for the length
         for excluded in (a, b, c):
             cosines[np.arange(len(a)), excluded] = -np.inf
@@ -103,7 +106,7 @@ def similarity_score(vectors, pairs):
     known = [p for p in pairs if p[0] in vectors.id_of and p[1] in vectors.id_of]
     if len(known) < 2:
         return float("nan"), len(known)
-    # How similar the model finds them, and how similar people do.
+    # compare the ranks: cosines and people's scores have different scales
     unit = vectors.unit()
     cosines = [float(unit[vectors.id_of[a]] @ unit[vectors.id_of[b]]) for a, b, _ in known]
     people = [score for _, _, score in known]
