@@ -4,7 +4,8 @@
 #   python train.py config/train_stdlib.py config/modern.py config/distill.py --reference=out/stdlib
 #   python sample.py --out_dir=out/distilled --start="class "
 # It says nothing about the data and the schedule, and goes on top of a config that does.
-# Time and loss, beside those of the small model alone: not measured yet.
+# After 400 iterations a validation loss of 1.42, of the small model alone 1.50
+# (experiments/posttraining.md).
 
 objective = "distill"
 temperature = 2.0

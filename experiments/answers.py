@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from configurator import run  # noqa: E402
 from documents.instructions import TASKS, small_tasks  # noqa: E402
-from inference.generate import Sampling, generate  # noqa: E402
+from inference.generate import generate  # noqa: E402
+from inference.sampling import Sampling  # noqa: E402
+from posttraining.vocabulary import grow_vocabulary  # noqa: E402
 from runtime.processes import setup  # noqa: E402
 from sample import load_model_and_tokenizer  # noqa: E402
 from text.chat import SPECIAL, encode_question  # noqa: E402
@@ -35,10 +37,11 @@ def main(
     runtime = setup("cpu", "float32")
     model, tokenizer = load_model_and_tokenizer("resume", out_dir, "best")
     model.eval()
-    # A base model has no special tokens: those that it is given here are the rows that pad its
-    # vocabulary.
+    # A base model has no special tokens: give it those that finetuning begins with.
     if not tokenizer.special:
-        tokenizer = Tokenizer(add_special(tokenizer.spec, SPECIAL))
+        grown = Tokenizer(add_special(tokenizer.spec, SPECIAL))
+        grow_vocabulary(model, tokenizer.vocab_size, grown.vocab_size)
+        tokenizer = grown
 
     asked, right, example = {}, {}, {}
     for prompt, response in new_tasks(questions):
@@ -70,7 +73,7 @@ def answer_to(model, question, tokenizer, max_new_tokens, runtime):
     """Return the text of the answer, and whether its turn ended."""
     prompt = [tokenizer.eot, *question, tokenizer.special["<|assistant|>"]]
     greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, vocab_size=tokenizer.vocab_size)
-    steps = generate(model, prompt, [torch.Generator()], max_new_tokens, greedy,
+    steps = generate(model, [prompt], [torch.Generator()], max_new_tokens, greedy,
                      tokenizer.special["<|end|>"], runtime)
     answer = [new_id for [new_id] in steps if new_id is not None]
     return tokenizer.decode(answer), len(answer) < max_new_tokens
