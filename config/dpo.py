@@ -5,7 +5,8 @@
 #   python train.py config/dpo.py --init_from=out/sft --reference=out/sft --dataset=pairs
 #   python sample.py --interactive=True --out_dir=out/dpo
 # With --objective=reward, and without --reference, it trains a reward model instead.
-# Measured on 887 pairs: of 207 others 92% are preferred rightly, before 50% (experiments/posttraining.md).
+# Trained on 887 pairs, it prefers the right answer in 92% of 207 others, and in 50% before
+# (experiments/posttraining.md).
 
 objective = "dpo"
 beta = 0.1

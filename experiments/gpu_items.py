@@ -249,8 +249,8 @@ def sample(new_tokens=200, **settings):
         for _ in range(3):
             start = time.perf_counter()
             ids[name] = list(generate(
-                model, prompt.tolist(), [torch.Generator() for _ in range(B)], new_tokens, greedy,
-                None, runtime, compiled))
+                model, [prompt.tolist()] * B, [torch.Generator() for _ in range(B)], new_tokens,
+                greedy, None, runtime, compiled))
             ms.append(1000 * (time.perf_counter() - start) / new_tokens)
         figures[f"{name} ms"] = [round(number, 3) for number in ms]
         if compiled:

@@ -80,7 +80,7 @@ def bytes_of(model):
 def tokens_per_second(model, count, runtime, clock):
     """Return the speed of greedy sampling after the first token."""
     sampling = Sampling(0.0, 0, 1.0, model.config.vocab_size)
-    steps = generate(model, [1], [torch.Generator()], count + 1, sampling, None, runtime)
+    steps = generate(model, [[1]], [torch.Generator()], count + 1, sampling, None, runtime)
     next(steps)
     start = clock()
     made = sum(1 for _ in steps)

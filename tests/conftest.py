@@ -4,6 +4,7 @@ documents, several processes."""
 import gzip
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores
+if hasattr(signal, "SIGHUP"):  # which nohup lets processes ignore; the tests send it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 CACHE = ROOT.parent / "shared/data/tiktoken_cache"
 if CACHE.is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(CACHE))

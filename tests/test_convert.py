@@ -301,8 +301,8 @@ def test_a_saved_model_is_finetuned(tmp_path, gpt2_tokenizer):
     save_with_transformers(tmp_path / "theirs", vocab_size=50257)
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 50)
     convert.main(source=f"{tmp_path}/theirs", out_dir=f"{tmp_path}/mine")
-    for command in ("prepare.py --input=text.txt --dataset=shakespeare --tokenizer=gpt2",
-                    "train.py --init_from=mine --dataset=shakespeare --out_dir=tuned --max_iters=5 "
+    for command in ("prepare.py --input=text.txt --dataset=./plays --tokenizer=gpt2",
+                    "train.py --init_from=mine --dataset=./plays --out_dir=tuned --max_iters=5 "
                     "--batch_size=2 --learning_rate=1e-2 --warmup_iters=0 --device=cpu "
                     "--gradient_accumulation_steps=1 --eval_tokens=13 --eval_interval=5 "
                     "--log_interval=1 --dtype=float32"):

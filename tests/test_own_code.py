@@ -55,7 +55,7 @@ def test_transformers_computes_the_same_logits_with_our_code(tmp_path, changes):
 def our_greedy_text(model, tokenizer, prompt, count):
     runtime = setup("cpu", "float32")
     ids = tokenizer.encode_prompt(prompt)
-    steps = generate(model, ids, [torch.Generator()], count,
+    steps = generate(model, [ids], [torch.Generator()], count,
                      Sampling(0.0, 0, 1.0, tokenizer.vocab_size), tokenizer.eot, runtime)
     return tokenizer.decode([new_id for new_id, in steps])
 
