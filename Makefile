@@ -23,7 +23,7 @@ data/stdlib/meta.json: | .venv/installed
 	$(PY) prepare.py
 
 test: .venv/installed-test
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

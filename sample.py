@@ -70,6 +70,9 @@ def main(
     # A terminal that lacks a character shows a question mark.
     sys.stdout.reconfigure(errors="replace")
     stops = read_stops(stop)
+    if draft and (interactive or show_probs or prompts):
+        raise UserError(f"draft={draft!r}: is for plain samples; leave it out with --interactive, "
+                        "--show_probs and --prompts")
     entries = []
     if prompts:
         check_out(out)

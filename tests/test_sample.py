@@ -14,6 +14,7 @@ from conftest import in_float32
 from test_generate import BLOCK, window_length
 
 import sample
+from configurator import UserError
 from formats.checkpoint import load_model, save_weights
 from inference.text_stream import TextStream
 from model import GPT, GPTConfig
@@ -254,6 +255,13 @@ def test_wrong_settings(settings, message, run_dir, capsys):
 def command(*flags, cwd, **kwargs):
     return subprocess.run([sys.executable, ROOT / "sample.py", *flags], cwd=cwd, timeout=120,
                           capture_output=True, **kwargs)
+
+
+@pytest.mark.parametrize("other", [{"interactive": True}, {"show_probs": True},
+                                   {"prompts": "questions.jsonl"}])
+def test_a_draft_is_for_plain_samples(other):
+    with pytest.raises(UserError, match="draft='lookup': is for plain samples; leave it out"):
+        sample.main(draft="lookup", **other)
 
 
 def test_a_missing_run_ends_in_one_line_and_exit_code_2(tmp_path):
