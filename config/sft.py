@@ -2,7 +2,7 @@
 # assistant's words alone, and attention stays within a conversation.
 #   make train                                   # the base model, or one of your own
 #   python prepare.py --format=chat              # data/stdlib_chat
-#   python train.py config/sft.py --init_from=out/stdlib
+#   python train.py config/sft.py --init_from=out/stdlib_modern
 #   python sample.py --interactive=True --out_dir=out/sft
 # A validation loss of 0.91; of new small tasks 99% are answered exactly
 # (experiments/posttraining.md).
