@@ -382,7 +382,7 @@ def draw(path, rows):
     for name, row in rows.items():
         seconds, losses = zip(*(row["curve"] or [(row["seconds"], row["loss"])]), strict=True)
         axes.plot(seconds, losses, "o-", markersize=4, label=f"{name} {row['loss']:.3f}")
-    axes.set(xscale="log", xlabel="seconds of training", ylabel="validation loss, nats per token")
+    axes.set(xlabel="seconds of training", ylabel="validation loss, nats per token")
     axes.legend()
     figure.tight_layout()
     with naming_write_errors(path, "run the same command again"):
