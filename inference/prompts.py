@@ -20,7 +20,8 @@ def read_prompts(path):
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={path!r}: cannot be read ({error})") from error
+        raise UserError(f"prompts={path!r}: cannot be read ({error}); name a .jsonl file of UTF-8 "
+                        "text") from error
     entries = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

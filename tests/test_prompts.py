@@ -42,7 +42,7 @@ def test_files_that_are_wrong(tmp_path, text, message):
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read .*; name a .jsonl file"):
         read_prompts(str(tmp_path / "none"))
     for out in ("", str(tmp_path / "none" / "out.jsonl")):
         with pytest.raises(ValueError, match="with --prompts, name the file to write"):
