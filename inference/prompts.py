@@ -43,7 +43,7 @@ def read_prompts(path):
 
 def check_out(out):
     """Raise UserError unless `out` names a file in a folder that is there."""
-    if not out or not Path(out).parent.is_dir():
+    if not out or not Path(out).parent.is_dir() or Path(out).is_dir():
         raise UserError(f"out={out!r}: with --prompts, name the file to write, in a folder that is "
                         "there")
 
@@ -86,6 +86,7 @@ def write_file(writing, entries, prompts, out, num_samples, batch_size):
     # The file.
     lines = [json.dumps({**entry, "samples": samples}, ensure_ascii=False)
              for entry, samples in zip(entries, texts, strict=True)]
-    with naming_write_errors(out, "run the command again"):
-        write_atomically(Path(out), "\n".join(lines) + "\n")
+    path = Path(out)
+    with naming_write_errors(path, "run the command again"):
+        write_atomically(path, "\n".join(lines) + "\n")
     return tokens

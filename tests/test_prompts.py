@@ -1,5 +1,6 @@
 """inference/prompts.py: many prompts through sample.py, and files that are wrong."""
 
+import errno
 import json
 
 import pytest
@@ -44,7 +45,7 @@ def test_files_that_are_wrong(tmp_path, text, message):
 def test_files_that_cannot_be_read_or_written(tmp_path):
     with pytest.raises(ValueError, match="cannot be read .*; name a .jsonl file"):
         read_prompts(str(tmp_path / "none"))
-    for out in ("", str(tmp_path / "none" / "out.jsonl")):
+    for out in ("", str(tmp_path), str(tmp_path / "none" / "out.jsonl")):
         with pytest.raises(ValueError, match="with --prompts, name the file to write"):
             sample.main(prompts="x", out=out)
 
@@ -58,3 +59,15 @@ def test_a_failure_leaves_no_file(tmp_path, monkeypatch):
         sample.main(init_from=str(folder), prompts=str(tmp_path / "prompts.jsonl"), device="cpu",
                     out=str(tmp_path / "out.jsonl"))
     assert {path.name for path in tmp_path.iterdir()} == {"model", "prompts.jsonl"}
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def write(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = write_checkpoint(tmp_path / "model", LETTERS)
+    (tmp_path / "prompts.jsonl").write_text('"a"')
+    monkeypatch.setattr("inference.prompts.write_atomically", write)
+    with pytest.raises(ValueError, match="out.jsonl: cannot be written .*make room, then run"):
+        sample.main(init_from=str(folder), prompts=str(tmp_path / "prompts.jsonl"), device="cpu",
+                    out=str(tmp_path / "out.jsonl"))
