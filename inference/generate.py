@@ -38,8 +38,9 @@ def generate(model, prompts, generators, max_new_tokens, sampling, end_of_text, 
     have, or after max_new_tokens. compiled: compile the decoding. Raises UserError where the logits
     are not finite.
     """
-    # All samples begin together.
-    batch = Batch(model, len(prompts), runtime, compiled)
+    # All samples begin together, with room for no more than will be generated.
+    length = max(map(len, prompts)) + max_new_tokens
+    batch = Batch(model, len(prompts), runtime, compiled, length)
     for prompt_ids, generator in zip(prompts, generators, strict=True):
         batch.add(prompt_ids, sampling, generator)
     # A token of each, until the last one has ended.
@@ -73,8 +74,9 @@ class Batch:
     need a prefill for every token.
     """
 
-    def __init__(self, model, rows, runtime, compiled=False):
-        """rows: how many sequences there may be at once. compiled: compile the decoding."""
+    def __init__(self, model, rows, runtime, compiled=False, length=None):
+        """rows: how many sequences there may be at once. compiled: compile the decoding. length: of
+        the longest of them in tokens (None: without end)."""
         self.model, self.runtime, self.compiled = model, runtime, compiled
         self.sequences = [None] * rows
         self.logits = None  # of the last step, (B, V); for each row, before the settings
@@ -85,7 +87,8 @@ class Batch:
             self.cache = make_static_cache(model, rows, runtime.dtype)
             self.decode_step = compile_decode_step()
         else:
-            self.cache = model.make_cache(rows, runtime.dtype)
+            length = min(length or model.config.block_size, model.config.block_size)
+            self.cache = model.make_cache(rows, runtime.dtype, length)
             self.decode_step = decode_and_sample
 
     def add(self, prompt_ids, sampling, generator):

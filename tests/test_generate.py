@@ -26,7 +26,7 @@ class Scripted:
         self.config = GPTConfig(block_size=block_size)
         self.script, self.seen, self.window = script, [], []
 
-    def make_cache(self, batch_size, dtype):
+    def make_cache(self, batch_size, dtype, length):
         return [(torch.zeros(batch_size, 1, self.config.block_size, 1, dtype=dtype),) * 2]
 
     def hidden(self, tokens, cache, start):

@@ -63,7 +63,7 @@ class Typist:
     def train(self, mode):
         assert not mode
 
-    def make_cache(self, batch_size, dtype):
+    def make_cache(self, batch_size, dtype, length):
         return torch.zeros(1, 2, batch_size, 1, self.config.block_size, 1)
 
     def hidden(self, tokens, cache, start):
