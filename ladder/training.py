@@ -20,7 +20,7 @@ import torch
 
 from configurator import UserError
 from model import IGNORE
-from runtime.terminal import Progress
+from runtime.terminal import Progress, say
 from training.optim import adamw, lr_at
 
 EVALUATIONS = 10  # during a run, for the picture
@@ -50,8 +50,10 @@ def train(model, batches, measure, learning_rate, seconds=0.0, max_iters=0, sgd=
         used = iter_num / max_iters if max_iters else clock / seconds
         # every tenth of the budget, and at the end: evaluate, while the clock stands still
         if used >= len(history) / EVALUATIONS:
-            history.append(evaluation(model, measure, clock, iter_num, losses_seen))
+            row = evaluation(model, measure, clock, iter_num, losses_seen)
+            history.append(row)
             losses_seen = []
+            say(f"{label}: iteration {iter_num:,}, {clock:.0f} s, val loss {row['val_loss']:.4f}")
         if used >= 1:
             break
         rate = lr_at(iter_num, learning_rate, learning_rate / 100, warmup_iters, 0,
