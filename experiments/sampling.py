@@ -3,8 +3,9 @@
     python experiments/sampling.py speed --new_tokens=100 --repeats=3   # GPT-2 124M, random weights
     python experiments/sampling.py lookup out/stdlib FILE.py --new_tokens=400
 
-speed: greedy tokens/s of 1, 8 and 64 samples after a prompt of one token, and the seconds until the
-first token after a prompt of 100; in float32 on the CPU. lookup: plain sampling beside
+speed: greedy tokens/s of 1, 8 and 64 samples after a prompt of one token, the seconds until the
+first token after a prompt of 100, and what reading the weights once per token would allow; in
+float32 on the CPU. lookup: plain sampling beside
 --draft=lookup of a run that has read source code, after prompts from a file: the text must be the
 same. Each line that is printed is JSON. nanoGPT: python bench.py --suite=sample --compare=NANOGPT.
 """
@@ -80,6 +81,13 @@ def measure_speed(options, runtime):
     times = by_turns({side: partial(draw, 1, 100, 1) for side, draw in sides.items()},
                      options.repeats)
     report({"prompt": 100, "seconds_to_first_token": times})
+
+    # The limit for one sample: each token reads all weights but the positions' from memory.
+    weights = sum(p.nbytes for p in ours.parameters()) - ours.transformer.wpe.weight.nbytes
+    numbers = torch.ones(2**28)
+    seconds = by_turns({"read": numbers.sum}, 5)["read"]
+    report({"weights_gb": weights / 1e9, "memory_gb_per_s": numbers.nbytes / 1e9 / min(seconds),
+            "tokens_per_s_that_this_allows": numbers.nbytes / min(seconds) / weights})
 
 
 def measure_lookup(run, path, options, runtime):

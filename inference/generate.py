@@ -123,17 +123,25 @@ class Batch:
     def step(self):
         """Draw the next id of each sequence. Return a list: the id of each row, None where no
         sequence is. Raises UserError where the logits are not finite."""
-        # Read all but the newest token of each sequence.
+        # Read all but the newest token of each sequence. What a single sequence has not read is read
+        # with its newest token below: one pass of the model instead of two.
+        is_single = len(self.sequences) == 1 and not self.compiled
         for row, sequence in enumerate(self.sequences):
             if sequence is not None:
-                self.read(row, sequence)
+                self.move_window(sequence)
+                if not is_single:
+                    self.read(row, sequence)
 
         # Decode the newest tokens, and draw the next ones.
         rows = self.rows_to_decode()
+        length = 1
+        if is_single:
+            length = len(rows[0].ids) - rows[0].window_start - rows[0].cached
         if self.settings is None:
             samplings = [sequence.sampling for sequence in rows]
             self.settings = stack_settings(samplings, self.runtime.sampling_device)
-        tokens = torch.tensor([sequence.ids[-1] for sequence in rows], device=self.runtime.device)
+        tokens = [sequence.ids[-length:] for sequence in rows]
+        tokens = torch.tensor(tokens, device=self.runtime.device)  # (B, T)
         uniforms = [0.0 if sequence is None else next(sequence.uniforms)
                     for sequence in self.sequences[:len(rows)]]
         uniforms = torch.tensor(uniforms, dtype=torch.float64)  # (B,)
@@ -141,7 +149,7 @@ class Batch:
         if self.seen is not None:
             seen = self.seen[:len(rows)]  # (B, V)
         ids, is_finite, self.logits = self.decode_step(
-            self.model, tokens, *self.cache_and_start(rows),
+            self.model, tokens, *self.cache_and_start(rows, length),
             uniforms.to(self.runtime.sampling_device), self.settings, seen, self.runtime)
         if seen is not None:
             seen[torch.arange(len(ids), device=ids.device), ids] = True
@@ -152,16 +160,18 @@ class Batch:
             if self.sequences[row] is not None:
                 new_ids[row] = new_id
                 rows[row].ids.append(new_id)
-                rows[row].cached += 1
+                rows[row].cached += length
         return new_ids
 
-    def read(self, row, sequence):
-        """Read what the model has not read of a sequence, but its newest token."""
-        # Forget the older half of the window when it has outgrown block_size.
+    def move_window(self, sequence):
+        """Forget the older half of the window when it has outgrown block_size."""
         block_size = self.model.config.block_size
         if len(sequence.ids) - sequence.window_start > block_size:
             sequence.window_start = len(sequence.ids) - (block_size + 1) // 2
             sequence.cached = 0
+
+    def read(self, row, sequence):
+        """Read what the model has not read of a sequence's window, but its newest token."""
         window = sequence.ids[sequence.window_start:-1]
         if len(window) == sequence.cached:
             return
@@ -189,15 +199,16 @@ class Batch:
         stand_in = self.sequences[taken[0]]
         return [sequence or stand_in for sequence in self.sequences[:count]]
 
-    def cache_and_start(self, rows):
-        """Return the part of the cache that decoding reads, and the positions of the tokens."""
-        # The newest token of a sequence comes after all that is cached.
+    def cache_and_start(self, rows, length):
+        """Return the part of the cache that decoding reads, and the position of the first of `length`
+        tokens of each row."""
+        # They come after all that is cached.
         positions = [sequence.cached for sequence in rows]
         start = torch.tensor(positions, device=self.runtime.device)  # (B,)
         if self.compiled:
             return self.cache, start
         # Uncompiled, nothing beyond the longest sequence is read.
-        B, end = len(rows), 1 + max(positions)
+        B, end = len(rows), length + max(positions)
         part = [(k[:B, :, :end], v[:B, :, :end]) for k, v in self.cache]
         # An int needs no mask.
         if min(positions) == max(positions):
@@ -222,18 +233,19 @@ def prefill(model, ids, cache, row, runtime, start=0):
 
 
 def decode(model, tokens, cache, start, runtime):
-    """Read one token of each sequence, (B,), and return the next token's logits, (B, V).
+    """Read the newest tokens of each sequence, (B, T), T being mostly 1, and return the next token's
+    logits, (B, V).
 
-    start: the tokens' positions, before which the cache holds all keys and values: (B,) int64; or
-    an int, where all are the same (see model.hidden).
+    start: the first tokens' positions, before which the cache holds all keys and values: (B,)
+    int64; or an int, where all are the same (see model.hidden).
     """
     with runtime.autocast():
-        x = model.hidden(tokens[:, None], cache, start)  # (B, 1, C)
+        x = model.hidden(tokens, cache, start)  # (B, T, C)
         return model.head(x[:, -1])  # (B, V)
 
 
 def decode_and_sample(model, tokens, cache, start, uniforms, settings, seen, runtime):
-    """`decode`, then `sample_ids`: all that happens on the device for one token of each sequence.
+    """`decode`, then `sample_ids`: all that happens on the device for a new token of each sequence.
     Return (ids (B,), are all logits finite (), logits (B, V))."""
     logits = decode(model, tokens, cache, start, runtime)  # (B, V)
     ids, is_finite = sample_ids(logits, uniforms, settings, seen)  # (B,), ()

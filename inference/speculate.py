@@ -31,6 +31,7 @@ def generate_with_proposals(model, source, prompt_ids, generator, max_new_tokens
     while written < max_new_tokens:
         # Propose no more than the window has room for, and than may be written.
         with torch.inference_mode():
+            batch.move_window(sequence)
             batch.read(0, sequence)
         room = min(model.config.block_size - sequence.cached, max_new_tokens - written) - 1
         count = min(count, room)

@@ -334,7 +334,7 @@ def test_a_decoding_step_writes_into_the_cache_and_does_not_copy_it():
     step = torch.compile(decode_and_sample, fullgraph=True, backend=aot_autograd(fw_compiler=note))
     model = random_model()
     with torch.no_grad():
-        step(model, torch.tensor([1, 2]), model.make_cache(2), torch.tensor([5, 2]),
+        step(model, torch.tensor([[1], [2]]), model.make_cache(2), torch.tensor([5, 2]),
              torch.zeros(2), stack_settings([Sampling(0.0, 0, 1.0, V)] * 2, "cpu"), None, CPU)
     assert targets.count("aten.index_put.default") == 4  # two layers
     assert not [target for target in targets if "scatter" in target]
