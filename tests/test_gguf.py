@@ -1,4 +1,4 @@
-"""exchange/gguf.py: what llama.cpp reads, read back with its package gguf."""
+"""exchange/gguf.py: what llama.cpp reads, read back with its package gguf, and by llama.cpp."""
 
 import base64
 import sys
@@ -6,10 +6,12 @@ import sys
 import pytest
 import torch
 from test_convert import CHARACTERS, save_run, trained
+from test_experiments import load_script
 
 import convert
 from configurator import UserError
-from text.chat import SPECIAL, TEMPLATE
+from documents.conversations import read_messages
+from text.chat import SPECIAL, TEMPLATE, render
 from text.tokenizer import add_special
 from text.tokenizer_json import EOT, hugging_face_from_spec
 
@@ -64,6 +66,30 @@ def test_the_file_has_our_tensors_bit_for_bit(tmp_path, to, dtype, changes):
         EOT, *SPECIAL]
     assert values[prefix + "eos_token_id"] == tokenizer.special["<|end|>"]
     assert values["tokenizer.chat_template"] == TEMPLATE
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-f16"])
+def test_llama_cpp_reads_the_file_as_we_mean_it(tmp_path, to):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp", reason="needs the package xllamacpp, which holds llama.cpp")
+    script = load_script("llama_cpp")
+    model, tokenizer = save_run(tmp_path / "mine", add_special(trained("gpt2"), SPECIAL))
+    convert.main(source=f"{tmp_path}/mine", to=to, out_dir=f"{tmp_path}/theirs")
+    theirs = script.LlamaCpp(tmp_path / "theirs/model.gguf", 13)
+
+    # Texts, and a conversation.
+    for text in ("the  cat\n\n\tsat 12345", "it'll, I'LL é 中文 \u3000👩\u200d👧",
+                 "a<|end|><|endoftext|>"):
+        assert theirs.encode(text) == tokenizer.encode(text).tolist(), text
+    messages = [{"role": "system", "content": "Sit."}, {"role": "user", "content": " the cat\n"}]
+    ids, _ = render(read_messages(messages, "here"), tokenizer)
+    assert theirs.conversation(messages) == [*ids, tokenizer.special["<|assistant|>"]]
+
+    # Continuations of a prompt, to the end of the context.
+    prompt = tokenizer.encode_prompt("that")
+    drawn, best = theirs.greedy(prompt, 13 - len(prompt))
+    ours, difference = script.read_along(model, tokenizer.vocab_size, prompt, drawn, best)
+    assert drawn == ours and len(drawn) > 7 and difference < 0.02
 
 
 def whole_piece():
