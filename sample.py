@@ -20,14 +20,14 @@ from formats.checkpoint import load_model, read_named
 from inference.chat import talk
 from inference.generate import cast_weights
 from inference.probabilities import show_probabilities
-from inference.prompts import check_out, read_prompts, write_file
+from inference.prompts import check_out, encode_entries, read_prompts, write_file
 from inference.sampling import Sampling
 from inference.text_stream import TextStream, read_stops, text_pieces
 from inference.writing import Writing, encode_prompt, load_drafter
 from runtime.cpu import tune_cpu
 from runtime.kernels import can_compile
 from runtime.processes import setup
-from text.chat import encode_question
+from text.chat import encode_messages, encode_question
 from text.tokenizer import Tokenizer, gpt2_spec
 
 LIMITS = {"num_samples": ">= 1", "max_new_tokens": ">= 1", "batch_size": ">= 1",
@@ -48,7 +48,7 @@ def main(
     stop="",  # a text that ends a sample; several: a JSON list '["Q:", "\\n\\n"]'
     interactive=False,  # answer what is typed; /help lists the commands
     show_probs=False,  # print the probability of each token, and the runners-up
-    prompts="",  # a .jsonl file with a "prompt" in each line: samples for each, written to out
+    prompts="",  # a .jsonl file with "prompt" or "messages" in each line: samples go to out
     out="",  # the .jsonl file to write
     batch_size=10,  # samples drawn together; more need more memory, and hardly more time
     # how a token is drawn
@@ -80,11 +80,12 @@ def main(
     runtime = setup(device, dtype)
     tune_cpu(runtime.device)
 
-    # The prompts, as token ids.
+    # The prompts, as token ids. Where they are typed or in a file, `start` is not used.
     prompt = read_prompt(start)
     model, tokenizer = load_model_and_tokenizer(init_from, out_dir, checkpoint)
-    prompt_ids = encode_prompt(prompt, tokenizer, model)
-    ids_of_entries = [encode_prompt(entry["prompt"], tokenizer, model) for entry in entries]
+    if not (interactive or prompts):
+        prompt_ids = encode_prompt(prompt, tokenizer, model)
+    ids_of_entries = encode_entries(entries, tokenizer, model, partial(encode_messages, tokenizer))
 
     # The model, ready to sample from.
     model.to(runtime.device).eval()

@@ -177,9 +177,10 @@ def read_messages(raw_messages, where):
         text, calls = read_content(raw.get("content", raw.get("value")), place)
         if name == "function_call":
             text, calls = "", [text]
-        for call in raw.get("tool_calls") or []:
-            if not isinstance(call, dict):
-                raise UserError(f"{place}: tool_calls is not a list of objects")
+        more_calls = raw.get("tool_calls") or []
+        if not isinstance(more_calls, list) or not all(isinstance(c, dict) for c in more_calls):
+            raise UserError(f"{place}: tool_calls is not a list of objects")
+        for call in more_calls:
             calls.append(json.dumps(call.get("function", call), ensure_ascii=False))
         messages.append(Message(ROLES[name], text, tuple(calls)))
     return messages

@@ -66,6 +66,8 @@ def obey(words, conversation, limits):
             say(conversation.tokenizer.decode(conversation.prompt()))
         case ["/set", key, value]:
             conversation.change(key, value, limits)
+        case ["/set", *_]:
+            raise UserError("/set: give a setting and its value, as in /set top_k 50")
         case _:
             raise UserError(f"{' '.join(words):.60}: no such command; /help lists them")
 

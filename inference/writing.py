@@ -56,14 +56,19 @@ def encode_prompt(text, tokenizer, model):
     ids = tokenizer.encode_prompt(text)
     if not ids:
         if tokenizer.eot is None:
-            raise UserError("start='': this model has no end-of-text token; give it a prompt")
+            raise UserError("the prompt is empty, and this model has no end-of-text token to begin "
+                            "with; give it a prompt")
         ids = [tokenizer.eot]
-    # Of a prompt beyond block_size the model sees the end.
+    say_what_is_seen(ids, model)
+    return ids
+
+
+def say_what_is_seen(ids, model):
+    """Print how much the model sees of a prompt beyond its block_size: the end."""
     block_size = model.config.block_size
     if len(ids) > block_size:
         print(f"the prompt has {len(ids):,} tokens, of which the model sees the last "
               f"{block_size:,} (its block_size)", file=sys.stderr)
-    return ids
 
 
 def load_drafter(draft, checkpoint, tokenizer, runtime):

@@ -27,12 +27,12 @@ from serving.replies import CHAT, COMPLETION, Part, new_header, usage
 from serving.requests import (
     Limits,
     Refusal,
-    knows_conversations,
     parse_json,
     read_chat,
     read_completion,
 )
 from serving.token_stream import TokenStream
+from text.chat import knows_conversations
 
 MAX_BODY = 2**20  # bytes
 BODY_SECONDS = 10  # in which a body has to arrive

@@ -15,9 +15,8 @@ from typing import NamedTuple
 from starlette.responses import JSONResponse
 
 from configurator import UserError
-from documents.conversations import read_messages
 from inference.sampling import Sampling
-from text.chat import render
+from text.chat import encode_messages, knows_conversations
 
 # What every request may have; the keys that change nothing with these values; and those of one
 # endpoint alone.
@@ -92,11 +91,6 @@ def read_chat(body, model_name, tokenizer, limits):
     if switch(body, "logprobs"):
         runners_up = count
     return generation_request(body, prompts, max_new_tokens, runners_up, tokenizer, limits)
-
-
-def knows_conversations(tokenizer):
-    """Return whether a model with this tokenizer was trained on conversations."""
-    return {"<|user|>", "<|assistant|>", "<|end|>"} <= tokenizer.special.keys()
 
 
 def generation_request(body, prompts, max_new_tokens, runners_up, tokenizer, limits):
@@ -236,14 +230,7 @@ def read_prompt(prompt, tokenizer):
 
 def read_conversation(raw_messages, tokenizer):
     """Return the ids of messages, and of the token with which the assistant's answer begins."""
-    if not isinstance(raw_messages, list) or not raw_messages:
-        raise Refusal("messages: must be a list of at least one object with role and content",
-                      "messages")
     try:
-        messages = read_messages(raw_messages, "messages")
-        ids, _ = render(messages, tokenizer)
+        return encode_messages(tokenizer, raw_messages, "messages")
     except UserError as error:
         raise Refusal(str(error), "messages") from error
-    except TypeError as error:  # tool_calls of another shape
-        raise Refusal(f"messages: {error}", "messages") from error
-    return [*ids, tokenizer.special["<|assistant|>"]]

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_generate import CPU
-from test_sample import set_logits, write_checkpoint
+from test_sample import LETTERS as PLAIN
+from test_sample import ONE_TEXT, set_logits, write_checkpoint
 
 import sample
+from configurator import UserError
 from formats.checkpoint import load_model
-from inference.chat import Conversation
+from inference.chat import Conversation, obey
 from inference.sampling import Sampling
 from inference.writing import Writing
 from text.chat import SPECIAL, encode_question
@@ -129,6 +131,52 @@ def test_what_cannot_be_answered(chats, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="standard input is closed"):
         sample.main(init_from=str(chats), device="cpu", interactive=True)
+
+
+def test_set_changes_each_setting(tmp_path):
+    conversation = Conversation(writing(random_model(tmp_path / "it", 31, 1), 5, 1.0))
+    for key, value, now in (("temperature", "0.5", 0.5), ("top_k", "3", 3), ("top_p", "0.75", 0.75),
+                            ("min_p", "0.25", 0.25), ("repetition_penalty", "2", 2.0)):
+        obey(["/set", key, value], conversation, sample.LIMITS)
+        assert getattr(conversation.sampling, key) == now
+    obey(["/set", "max_new_tokens", "3"], conversation, sample.LIMITS)
+    assert conversation.room() == 3 and conversation.sampling.vocab_size == LETTERS.vocab_size
+
+
+def test_set_holds_from_the_next_answer_on(chats, monkeypatch, capsys):
+    set_logits(chats, [3.0 * (i in (2, 3)) for i in range(LETTERS.vocab_size)])
+    lines = b"b\n/set top_k 1\nb\n/set max_new_tokens 2\nb\n"
+    talk(monkeypatch, lines, chats, temperature=1.0, max_new_tokens=7)
+    free, greedy, short = capsys.readouterr().out.splitlines()
+    assert free != "aaaaaaa" == greedy and short == "aa"
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ("/set topk 3", "/set topk: choose temperature, top_k, top_p, min_p, repetition_penalty, max_"),
+    ("/set vocab_size 3", "/set vocab_size: choose temperature"),
+    ("/set top_k many", "/set top_k many: not a whole number"),
+    ("/set temperature -1", "temperature=-1.0: must be at least 0"),
+    ("/set max_new_tokens 0", "max_new_tokens=0: must be at least 1"),
+    ("/set top_k", "/set: give a setting and its value, as in /set top_k 50"),
+    ("/sett top_k 3", "/sett top_k 3: no such command; /help lists them"),
+])
+def test_commands_that_cannot_be_obeyed(command, message, tmp_path):
+    conversation = Conversation(writing(random_model(tmp_path / "it", 31, 1), 5, 1.0))
+    before = conversation.sampling
+    with pytest.raises(UserError, match=message):
+        obey(command.split(), conversation, sample.LIMITS)
+    assert conversation.sampling == before
+
+
+def test_a_model_without_conversations_continues_what_is_typed(tmp_path, monkeypatch, capsys):
+    for tokenizer, begin in ((PLAIN, "<|endoftext|>"), (ONE_TEXT, "")):
+        folder = write_checkpoint(tmp_path / str(len(begin)), tokenizer, block_size=31)
+        c = tokenizer.encode("c")[0]
+        set_logits(folder, [9.0 * (i == c) for i in range(tokenizer.vocab_size)])
+        talk(monkeypatch, b"ab\n/history\nb\n/history\n/new\n/history\n/exit\nb", folder,
+             temperature=0, max_new_tokens=3)
+        assert capsys.readouterr().out.split("\n") == [
+            "ccc", f"{begin}abccc", "ccc", f"{begin}abcccbccc", begin, ""]
 
 
 def test_in_a_terminal_there_is_a_prompt(tmp_path):

@@ -2,14 +2,19 @@
 
 import errno
 import json
+from functools import partial
 
 import pytest
 import torch
 from conftest import in_float32
-from test_sample import LETTERS, texts, write_checkpoint
+from test_chat import LETTERS as CHAT
+from test_sample import LETTERS, ONE_TEXT, set_logits, texts, write_checkpoint
 
 import sample
-from inference.prompts import read_prompts
+from configurator import UserError
+from formats.checkpoint import load_model
+from inference.prompts import Entry, encode_entries, read_prompts
+from text.chat import encode_messages
 
 
 @in_float32
@@ -32,8 +37,62 @@ def test_each_prompt_gets_the_samples_that_it_gets_alone(tmp_path, capsys, numbe
         assert [entry["prompt"] + text for text in entry["samples"]] == alone
 
 
+@in_float32
+def test_conversations_are_answered_up_to_the_end_of_the_answer(tmp_path, number_format):
+    folder = write_checkpoint(tmp_path / "model", CHAT, block_size=31)
+    end, c = CHAT.special["<|end|>"], 4
+    messages = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "d"},
+                {"role": "user", "content": "e"}]
+    lines = [{"messages": messages, "id": 7}, {"prompt": "a"}]
+    for likeliest, samples in ((end, [[""], ["<|end|>" * 3]]), (c, [["ccc"], ["ccc"]])):
+        set_logits(folder, [9.0 * (i == likeliest) for i in range(CHAT.vocab_size)])
+        assert answers(tmp_path, folder, lines) == [
+            {**line, "samples": texts} for line, texts in zip(lines, samples, strict=True)]
+    # what the model reads
+    ids, = encode_entries([Entry("", lines[0])], CHAT, load_model(folder),
+                          partial(encode_messages, CHAT))
+    assert CHAT.decode(ids) == ("<|endoftext|><|user|>abc<|end|><|assistant|>d<|end|>"
+                                "<|user|>e<|end|><|assistant|>")
+
+
+def answers(tmp_path, folder, lines):
+    """Return the objects that sample.py writes for some lines."""
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sample.main(init_from=str(folder), prompts=str(tmp_path / "in.jsonl"), num_samples=1,
+                out=str(tmp_path / "out.jsonl"), max_new_tokens=3, temperature=0, device="cpu")
+    written = (tmp_path / "out.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in written if line]
+
+
+@pytest.mark.parametrize(("tokenizer", "line", "message"), [
+    (ONE_TEXT, '{"prompt": "abX"}', "line 2: the vocabulary of 3 characters lacks 'X'"),
+    (ONE_TEXT, '{"prompt": ""}', "line 2: the prompt is empty, and this model has no end-of-text"),
+    (ONE_TEXT, '{"prompt": 1}', "line 2: the prompt is not a text"),
+    (ONE_TEXT, '{"messages": [{"role": "user", "content": "a"}]}',
+     "line 2: messages: this model was not trained on conversations"),
+    (CHAT, '{"messages": "a"}', "line 2: messages: must be a list of at least one object"),
+    (CHAT, '{"messages": [{"role": "narrator"}]}', "line 2: messages, message 1: unknown role"),
+])
+@in_float32
+def test_lines_that_the_model_cannot_read(tmp_path, tokenizer, line, message, number_format):
+    folder = write_checkpoint(tmp_path / "model", tokenizer)
+    (tmp_path / "in.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(UserError, match=f"in.jsonl, {message}"):
+        sample.main(init_from=str(folder), prompts=str(tmp_path / "in.jsonl"), device="cpu",
+                    out=str(tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_line_ends_at_a_line_break_alone(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"a\u2028b\x85c"\r\n\n"d"\n', encoding="utf-8", newline="")
+    assert [entry.row["prompt"] for entry in read_prompts(str(path))] == ["a\u2028b\x85c", "d"]
+
+
 @pytest.mark.parametrize(("text", "message"), [
-    ('{"prompt": "a"}\n{"prompt": 1}', "line 2: neither a text nor an object with a \"prompt\""),
+    ('{"prompt": "a"}\n{"text": "a"}', "line 2: neither a text nor an object with a \"prompt\""),
+    ('{"prompt": "a", "messages": []}', "line 1: neither"),
+    ('"a"\n"\\ud800"', "line 2: not JSON in UTF-8 .*surrogates not allowed"),
     ('{"prompt": "a"\n', "line 1: not JSON"), ("[1]", "line 1: neither"), ("\n", "has no line")])
 def test_files_that_are_wrong(tmp_path, text, message):
     path = tmp_path / "prompts.jsonl"
@@ -70,4 +129,4 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("inference.prompts.write_atomically", write)
     with pytest.raises(ValueError, match="out.jsonl: cannot be written .*make room, then run"):
         sample.main(init_from=str(folder), prompts=str(tmp_path / "prompts.jsonl"), device="cpu",
-                    out=str(tmp_path / "out.jsonl"))
+                    out=str(tmp_path / "out.jsonl"), num_samples=1, max_new_tokens=3)

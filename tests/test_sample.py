@@ -184,7 +184,7 @@ def test_an_empty_prompt_begins_at_end_of_text_where_there_is_one(run_dir, tmp_p
     assert token.removeprefix("<|endoftext|>") == empty.removeprefix("<|endoftext|>") != ""
     folder = write_checkpoint(tmp_path / "one_text", ONE_TEXT)
     assert len(texts(capsys, init_from=folder, start="a")[0]) == 14
-    with pytest.raises(ValueError, match="start='': this model has no end-of-text token"):
+    with pytest.raises(ValueError, match="the prompt is empty, and this model has no end-of-text"):
         texts(capsys, init_from=folder, start="")
 
 
@@ -262,6 +262,27 @@ def command(*flags, cwd, **kwargs):
 def test_a_draft_is_for_plain_samples(other):
     with pytest.raises(UserError, match="draft='lookup': is for plain samples; leave it out"):
         sample.main(draft="lookup", **other)
+
+
+@in_float32
+def test_a_draft_changes_nothing_but_the_speed(run_dir, tmp_path, capsys):
+    settings = {"out_dir": run_dir, "num_samples": 2, "max_new_tokens": 23, "start": "ab"}
+    smaller = write_checkpoint(tmp_path / "smaller", LETTERS, rows=16, seed=3, block_size=5)
+    for temperature in (0.0, 1.0):
+        plain = texts(capsys, **settings, temperature=temperature)
+        for draft in ("lookup", run_dir, smaller):
+            assert texts(capsys, **settings, temperature=temperature, draft=draft) == plain
+
+
+@pytest.mark.parametrize(("draft", "message"), [
+    ("other", "other': its tokenizer is not the model's; name a model that was trained on"),
+    ("nowhere", "nowhere: no checkpoint here"),
+])
+@in_float32
+def test_drafts_that_cannot_be_used(run_dir, tmp_path, draft, message, capsys):
+    write_checkpoint(tmp_path / "other", BYTES)
+    with pytest.raises(UserError, match=message):
+        texts(capsys, out_dir=run_dir, draft=tmp_path / draft)
 
 
 def test_a_missing_run_ends_in_one_line_and_exit_code_2(tmp_path):

@@ -12,7 +12,8 @@ token stays text. So the tokens of a conversation's beginning are the beginning 
 model that continues a conversation reads what it was trained on.
 """
 
-from documents.conversations import Message
+from configurator import UserError
+from documents.conversations import Message, read_messages
 
 SPECIAL = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|tool|>", "<|result|>"]
 
@@ -66,6 +67,24 @@ def render_turns(messages, tokenizer, length):
         if message.role == "assistant":
             kept, end = number, len(ids)
     return ids[:end], mask[:end], kept
+
+
+def knows_conversations(tokenizer):
+    """Return whether a model with this tokenizer was trained on conversations."""
+    return {"<|user|>", "<|assistant|>", "<|end|>"} <= tokenizer.special.keys()
+
+
+def encode_messages(tokenizer, raw_messages, where):
+    """Return the ids of messages, a list of {"role": ..., "content": ...}, and of the token with
+    which the assistant's answer begins. Raises UserError, naming `where`, for anything else, and
+    where the model was not trained on conversations."""
+    if not knows_conversations(tokenizer):
+        raise UserError(f"{where}: this model was not trained on conversations (its tokenizer has "
+                        "no <|assistant|>); give it a prompt")
+    if not isinstance(raw_messages, list) or not raw_messages:
+        raise UserError(f"{where}: must be a list of at least one object with role and content")
+    ids, _ = render(read_messages(raw_messages, where), tokenizer)
+    return [*ids, tokenizer.special["<|assistant|>"]]
 
 
 def encode_question(tokenizer, text):
