@@ -69,9 +69,10 @@ def main(
 
 def model_name(init_from, out_dir):
     """Return what clients call the model: the name of its run, or gpt2."""
-    if init_from != "resume":
-        return Path(init_from).name
-    return Path(out_dir or newest_run(Path("out"))).name
+    path = Path(init_from)
+    if init_from == "resume":
+        path = Path(out_dir or newest_run(Path("out")))
+    return path.resolve().name  # which . has not
 
 
 def listen(host, port):

@@ -170,7 +170,7 @@ def read_messages(raw_messages, where):
             raise UserError(f"{place}: {kind_of(raw)}, not an object with role and content")
         name = raw.get("role", raw.get("from"))
         if name not in list(ROLES):
-            raise UserError(f"{place}: unknown role {name!r}; the roles that are known: "
+            raise UserError(f"{place}: unknown role {name!r:.60}; the roles that are known: "
                             f"{', '.join(ROLES)}")
 
         # The text, and the calls of tools, which may be a message of their own.

@@ -177,9 +177,8 @@ class Batch:
             return
 
         # Where the row before holds the same, as for several samples of a prompt, copy it.
-        end, before = len(window), self.sequences[row - 1]
-        if row > 0 and before is not None and before.cached >= end and \
-                before.ids[before.window_start:][:end] == window:
+        end = len(window)
+        if row > 0 and begins_with(self.sequences[row - 1], window):
             for k, v in self.cache:
                 k[row, :, :end] = k[row - 1, :, :end]
                 v[row, :, :end] = v[row - 1, :, :end]
@@ -214,6 +213,15 @@ class Batch:
         if min(positions) == max(positions):
             return part, positions[0]
         return part, start
+
+
+def begins_with(sequence, window):
+    """Return whether the keys and values that are cached for a sequence, or None, begin with those
+    of a window, a list of ids."""
+    if sequence is None or sequence.cached < len(window):
+        return False
+    start = sequence.window_start
+    return sequence.ids[start:start + len(window)] == window
 
 
 def draw_uniforms(generator):

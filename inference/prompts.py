@@ -7,6 +7,8 @@ as one sample has ended, the next one takes its row of the batch.
 """
 
 import json
+from collections import deque
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,21 +84,21 @@ def check_out(out):
 def write_file(writing, entries, prompts, out, num_samples, batch_size):
     """Write num_samples samples for each Entry to the file `out`, which is whole or not there.
     prompts: the ids of each. Return how many tokens were drawn."""
-    # (index of the entry, number of the sample), the last first
-    waiting = [(index, number) for index in range(len(entries)) for number in range(num_samples)]
-    waiting.reverse()
+    # (index of the entry, number of the sample)
+    waiting = deque(product(range(len(entries)), range(num_samples)))
     count = len(waiting)
     texts = [[""] * num_samples for _ in entries]
     rows = min(batch_size, count)
-    # {row of the batch: the sample there}, {row: its text as it comes}
-    batch, jobs, streams = Batch(writing.model, rows, writing.runtime, writing.compiled), {}, {}
+    batch = Batch(writing.model, rows, writing.runtime, writing.compiled)
+    jobs = {}  # {row of the batch: the sample there}
+    streams = {}  # {row of the batch: its text as it comes}
     progress = Progress("sampling", lambda: 1 - (len(waiting) + len(jobs)) / count)
     tokens, eot = 0, writing.tokenizer.eot
     end_of_answer = writing.tokenizer.special.get("<|end|>")
     while waiting or jobs:
         # Begin a sample in each row that is free.
         while waiting and len(jobs) < rows:
-            index, number = waiting.pop()
+            index, number = waiting.popleft()
             row = batch.add(prompts[index], writing.sampling, writing.generator(number))
             jobs[row] = (index, number)
             streams[row] = TextStream(writing.tokenizer, writing.stops)

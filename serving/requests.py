@@ -223,9 +223,11 @@ def read_prompt(prompt, tokenizer):
         raise Refusal("prompt: must be a text, a list of texts, or token ids", "prompt")
 
     # The model has to start from something.
-    if not ids and tokenizer.eot is None:
+    if ids:
+        return ids
+    if tokenizer.eot is None:
         raise Refusal("prompt: is empty, and this model has no end-of-text token", "prompt")
-    return ids or [tokenizer.eot]
+    return [tokenizer.eot]
 
 
 def read_conversation(raw_messages, tokenizer):

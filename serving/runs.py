@@ -67,11 +67,16 @@ def read_cached(path):
 
 @lru_cache(maxsize=100)
 def read_version(path, modified, size):
-    """Return the rows of a version of metrics.jsonl, as far as they are numbers."""
-    # Anybody may edit the file.
+    """Return the rows of a version of metrics.jsonl that have an iteration, with their numbers."""
+    # Anybody may edit the file. JSON has neither NaN nor infinity.
     rows = []
     for row in read_metrics(path):
-        rows.append({key: value for key, value in row.items() if isinstance(value, (int, float))})
+        numbers = {}
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                numbers[key] = value
+        if "iter" in numbers:
+            rows.append(numbers)
     return rows
 
 

@@ -355,7 +355,7 @@ def test_wrong_requests_for_a_completion(server, body, status, message):
     ([{"role": "narrator", "content": "a"}], "messages, message 1: unknown role 'narrator'"),
     ([{"role": "user", "content": 5}], "messages, message 1: a number where a text should be"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], "messages, message 1: a part of type"),
-    ([{"role": "user", "content": "a", "tool_calls": 5}], "messages: "),
+    ([{"role": "user", "content": "a", "tool_calls": 5}], "messages, message 1: tool_calls is not"),
     ([{"role": "user", "content": "a" * 200}], "the prompt has 204 tokens"),
 ])
 def test_wrong_conversations(chat_server, messages, message):
@@ -445,7 +445,8 @@ def runs(tmp_path):
     write_run(tmp_path / "out" / "one", [
         {"iter": 0, "tokens": 0, "val_loss": 5.0, "val_bpb": 2.5},
         {"iter": 0, "tokens": 7, "loss": 4.0, "ms": 3000},
-        {"iter": 10, "tokens": 77, "loss": 3.0, "ms": 6000}, {"iter": 10, "val_loss": "high"}],
+        {"iter": 10, "tokens": 77, "loss": 3.0, "ms": 6000}, {"iter": 10, "val_loss": "high"},
+        {"iter": 10, "loss": float("nan"), "val_bpb": float("inf")}, {"loss": 9.0}],
         {"max_iters": 11, "learning_rate": 0.5})
     write_run(tmp_path / "out" / "zwei é", [{"iter": i, "tokens": i, "loss": 1 / (1 + i)}
                                             for i in range(2 * MAX_POINTS + 2)])
@@ -503,6 +504,12 @@ def test_no_request_opens_a_file_outside_of_the_runs(runs, tmp_path):
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         serve.main(**{"port": 0, "device": "cpu", **settings})
+
+
+def test_the_models_name_is_its_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert serve.model_name("resume", ".") == serve.model_name(".", "") == tmp_path.name
+    assert serve.model_name("gpt2", "") == "gpt2"
 
 
 def test_a_port_in_use():
@@ -577,6 +584,9 @@ def test_the_page_in_a_browser(runs, tmp_path):
         page.keyboard.press("ArrowRight")
         assert page.text_content("#runners-title").startswith("Token 2 had a probability of")
         assert page.locator("#runners button").count() >= 8
+        page.click(".token >> nth=0")
+        page.hover(".token >> nth=2")
+        assert page.text_content("#runners-title").startswith("Token 1 had")
 
         # the runs
         page.focus("#tab-play")
