@@ -123,7 +123,7 @@ class Batch:
     def step(self):
         """Draw the next id of each sequence. Return a list: the id of each row, None where no
         sequence is. Raises UserError where the logits are not finite."""
-        # Read all but the newest token of each sequence. What a single sequence has not read is read
+        # Read all but the newest token of each sequence. What is unread of a single one is read
         # with its newest token below: one pass of the model instead of two.
         is_single = len(self.sequences) == 1 and not self.compiled
         for row, sequence in enumerate(self.sequences):
@@ -199,8 +199,8 @@ class Batch:
         return [sequence or stand_in for sequence in self.sequences[:count]]
 
     def cache_and_start(self, rows, length):
-        """Return the part of the cache that decoding reads, and the position of the first of `length`
-        tokens of each row."""
+        """Return the part of the cache that decoding reads, and where the `length` newest tokens of
+        each row begin."""
         # They come after all that is cached.
         positions = [sequence.cached for sequence in rows]
         start = torch.tensor(positions, device=self.runtime.device)  # (B,)
@@ -241,8 +241,8 @@ def prefill(model, ids, cache, row, runtime, start=0):
 
 
 def decode(model, tokens, cache, start, runtime):
-    """Read the newest tokens of each sequence, (B, T), T being mostly 1, and return the next token's
-    logits, (B, V).
+    """Read the newest tokens of each sequence, (B, T), mostly T = 1, and return the logits of the
+    next token, (B, V).
 
     start: the first tokens' positions, before which the cache holds all keys and values: (B,)
     int64; or an int, where all are the same (see model.hidden).
