@@ -34,7 +34,7 @@ from evaluation.speed import time_questions
 from formats.dataset import read_dataset_meta
 from formats.files import naming_write_errors
 from formats.weights import empty_model
-from inference.generate import Sampling, cast_weights, generate
+from inference.generate import Sampling, generate, prepare_model
 from model import GPT
 from runtime.child import figures_of_python, run_python
 from runtime.cpu import tune_cpu
@@ -268,8 +268,7 @@ def time_samples(c):
     training, a step of decoding is compiled where the settings and the device say so."""
     runtime = setup(c.device, c.dtype)
     tune_cpu(runtime.device)
-    model = GPT(model_config(c, vocabulary_size(c))).to(runtime.device).eval()
-    cast_weights(model, runtime.dtype)
+    model = prepare_model(GPT(model_config(c, vocabulary_size(c))), runtime)
     greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, vocab_size=model.config.vocab_size)
     generators = [torch.Generator() for _ in range(c.samples)]
     compiled = can_compile(c.compile, runtime)
@@ -288,8 +287,7 @@ def time_scores(c):
     """Return the questions/s of evaluate.py's own scorer, with random weights."""
     runtime = setup(c.device, c.dtype)
     tune_cpu(runtime.device)
-    model = GPT(model_config(c, vocabulary_size(c))).to(runtime.device).eval()
-    cast_weights(model, runtime.dtype)
+    model = prepare_model(GPT(model_config(c, vocabulary_size(c))), runtime)
     tokens_at_once = c.batch_size * c.block_size
     return {"questions_per_s": time_questions(model, runtime, c.questions, tokens_at_once)}
 

@@ -29,7 +29,7 @@ from formats.checkpoint import open_checkpoint
 from formats.dataset import dataset_folder
 from formats.files import naming_write_errors
 from formats.shards import TokenReader
-from inference.generate import cast_weights
+from inference.generate import prepare_model
 from runtime.cpu import tune_cpu
 from runtime.processes import setup
 from runtime.terminal import Progress
@@ -71,8 +71,7 @@ def main(
 
     # The model, ready for evaluation.
     subject = load_subject(c)
-    model = subject.model.to(runtime.device).eval()
-    cast_weights(model, runtime.dtype)
+    model = prepare_model(subject.model, runtime)
     chunk_losses(model)
     if stride > model.config.block_size:
         raise UserError(f"stride={stride}: must be at most the model's block_size, "

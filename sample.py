@@ -18,7 +18,7 @@ from configurator import UserError, check_settings, run
 from exchange.huggingface import load_gpt2
 from formats.checkpoint import load_model, read_named
 from inference.chat import talk
-from inference.generate import cast_weights
+from inference.generate import prepare_model
 from inference.probabilities import show_probabilities
 from inference.prompts import check_out, encode_entries, read_prompts, write_file
 from inference.sampling import Sampling
@@ -88,8 +88,7 @@ def main(
     ids_of_entries = encode_entries(entries, tokenizer, model, partial(encode_messages, tokenizer))
 
     # The model, ready to sample from.
-    model.to(runtime.device).eval()
-    cast_weights(model, runtime.dtype)
+    prepare_model(model, runtime)
     drafter = load_drafter(draft, checkpoint, tokenizer, runtime)
     sampling = Sampling(temperature, top_k, top_p, tokenizer.vocab_size, min_p, repetition_penalty)
     writing = Writing(model, tokenizer, sampling, stops, max_new_tokens, seed, runtime,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from configurator import UserError, check_settings, run
-from inference.generate import cast_weights
+from inference.generate import prepare_model
 from runtime.cpu import tune_cpu
 from runtime.processes import setup
 from runtime.terminal import say
@@ -54,8 +54,7 @@ def main(
 
     # The model.
     model, tokenizer = load_model_and_tokenizer(init_from, out_dir, checkpoint)
-    model.to(runtime.device).eval()
-    cast_weights(model, runtime.dtype)
+    prepare_model(model, runtime)
     name = model_name(init_from, out_dir)
 
     # Serve it.

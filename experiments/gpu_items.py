@@ -34,7 +34,7 @@ from experiments.peers import train_flags  # noqa: E402
 from formats.checkpoint import load_model, read_named  # noqa: E402
 from formats.run_folder import read_metrics  # noqa: E402
 from formats.shards import TokenReader  # noqa: E402
-from inference.generate import Sampling, cast_weights, generate  # noqa: E402
+from inference.generate import Sampling, generate, prepare_model  # noqa: E402
 from model import GPT  # noqa: E402
 from runtime.child import run_python  # noqa: E402
 from runtime.device import pick_device  # noqa: E402
@@ -237,8 +237,7 @@ def sample(new_tokens=200, **settings):
         model = read_named(out_dir, "latest", load_model)
     else:
         model = new_model(SimpleNamespace(**settings))
-    model.to(runtime.device).eval()
-    cast_weights(model, runtime.dtype)
+    prepare_model(model, runtime)
     greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, vocab_size=model.config.vocab_size)
     # A prompt of random tokens; each batch has a cache of its own.
     prompt = torch.randint(greedy.vocab_size, (8,), generator=torch.Generator().manual_seed(1))

@@ -23,6 +23,7 @@ from formats.checkpoint import open_checkpoint  # noqa: E402
 from formats.shards import TokenReader  # noqa: E402
 from inference.generate import Sampling, generate  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from runtime.cpu import use_fast_products  # noqa: E402
 from runtime.processes import setup  # noqa: E402
 from runtime.quantized import quantize  # noqa: E402
 
@@ -48,6 +49,7 @@ def main(
         model = GPT(GPTConfig(), torch.Generator().manual_seed(1)).eval()
     models = {"float32": model, "int8": copy.deepcopy(model)}
     quantize(models["int8"])
+    use_fast_products(model, runtime.device)
 
     # memory
     for name, m in models.items():

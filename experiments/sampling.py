@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from formats.checkpoint import find_checkpoint, load_model  # noqa: E402
-from inference.generate import generate  # noqa: E402
+from inference.generate import generate, prepare_model  # noqa: E402
 from inference.sampling import Sampling  # noqa: E402
 from inference.speculate import Lookup, generate_with_proposals  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -54,7 +54,7 @@ def measure_speed(options, runtime):
 
     # One model for each side, with random weights of the same size.
     layers, heads, width = SIZES[options.size]
-    ours = GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width)).eval()
+    ours = prepare_model(GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width)), runtime)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50304, n_layer=layers, n_head=heads,
                                         n_embd=width)).eval()
     theirs.generation_config.eos_token_id = None
@@ -93,7 +93,7 @@ def measure_speed(options, runtime):
 def measure_lookup(run, path, options, runtime):
     """Print, for two temperatures, the tokens per pass and the speed beside plain sampling."""
     folder = find_checkpoint(run, "best")
-    model, tokenizer = load_model(folder).eval(), Tokenizer.load(folder)
+    model, tokenizer = prepare_model(load_model(folder), runtime), Tokenizer.load(folder)
     ids = tokenizer.encode(Path(path).read_text("utf-8")).tolist()
     length = model.config.block_size // 2
     for temperature in (0.0, 0.8):

@@ -27,6 +27,7 @@ import torch
 
 from configurator import UserError
 from inference.sampling import Sampling, sample_ids, stack_settings
+from runtime.cpu import use_fast_products
 
 
 def generate(model, prompts, generators, max_new_tokens, sampling, end_of_text, runtime,
@@ -286,6 +287,16 @@ def fetch_ids(ids, is_finite, runtime):
     return new_ids
 
 
+def prepare_model(model, runtime):
+    """Make a GPT ready to be used and not trained: on its device, with its matrices in the number
+    format of matrix products. Return it."""
+    model.to(runtime.device).eval()
+    # Its matrices, and what multiplies them.
+    cast_weights(model, runtime.dtype)
+    use_fast_products(model, runtime.device)
+    return model
+
+
 def cast_weights(model, dtype):
     """Convert the weight matrices to the number format of matrix products, once and not per token.
 
@@ -293,7 +304,7 @@ def cast_weights(model, dtype):
     head's matrix: they are looked up, not multiplied, and the residual stream gets its number
     format from them, as under autocast.
     """
-    # A tied token embedding is the head's matrix too, and is converted.
+    # What is looked up; a tied token embedding is the head's matrix too, and is converted.
     looked_up = ["wpe.weight"]
     if not model.config.tied:
         looked_up.append("wte.weight")

@@ -9,7 +9,7 @@ import torch
 from configurator import UserError
 from formats.checkpoint import load_model, read_named
 from formats.files import read_json
-from inference.generate import cast_weights, generate
+from inference.generate import generate, prepare_model
 from inference.sampling import Sampling
 from inference.speculate import Draft, Lookup, generate_with_proposals
 from model import GPT
@@ -87,6 +87,4 @@ def load_drafter(draft, checkpoint, tokenizer, runtime):
     if spec != tokenizer.spec:
         raise UserError(f"draft={draft!r}: its tokenizer is not the model's; name a model that was "
                         "trained on the same dataset, or lookup")
-    model.to(runtime.device).eval()
-    cast_weights(model, runtime.dtype)
-    return model
+    return prepare_model(model, runtime)

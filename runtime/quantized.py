@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runtime.cpu import with_softcap
+
 KINDS = ("int8",)
 LINEARS = ("c_attn", "c_proj", "c_fc", "lm_head")
 TABLES = ("wte", "value_embed")
@@ -114,7 +116,4 @@ def quantized_head(model, x):
     head = model.transformer.wte
     if not model.config.tied:
         head = model.lm_head
-    logits = head.multiply(x)  # (..., V)
-    if model.config.softcap:
-        logits = model.config.softcap * torch.tanh(logits / model.config.softcap)  # (..., V)
-    return logits  # (..., V)
+    return with_softcap(model, head.multiply(x))  # (..., V)

@@ -146,3 +146,34 @@ def test_a_model_on_a_cpu_draws_all_its_masks_by_bits(monkeypatch):
     assert not torch.equal(model(tokens, tokens), first)
     model.eval()
     assert torch.equal(model(tokens, tokens), model(tokens, tokens))
+
+
+# ---------------------------------------------------------------------- products
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("changes", [{}, {"tied": False, "softcap": 15.0, "bias": False}])
+def test_fast_products_are_the_usual_ones_but_for_rounding(changes, monkeypatch):
+    model = GPT(GPTConfig(block_size=61, vocab_size=97, n_layer=2, n_head=2, n_embd=46, **changes),
+                torch.Generator().manual_seed(1)).eval()
+    called, product = [], torch._C._nn.mkldnn_linear
+    monkeypatch.setattr(torch._C._nn, "mkldnn_linear", lambda x, weight, bias: (
+        called.append(tuple(weight.shape)), product(x, weight, bias))[1])
+    monkeypatch.setattr(cpu, "LARGE", 46 * 97)
+    few, many = torch.arange(32).view(2, 16), torch.arange(33)[None]
+    expected = [model.logits(tokens) for tokens in (few, many)]
+    cpu.use_fast_products(model, torch.device("cpu"))
+
+    # The large matrices: of a block two, one that widens and one that narrows, and the head.
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(few), expected[0], atol=1e-5, rtol=1e-5)
+        wide, narrow = (184, 46), (46, 184)
+        assert called == [(138, 46), wide, narrow, (138, 46), wide, narrow, (97, 46)]
+        called.clear()
+
+        # Many rows, and other number formats, are torch's own product.
+        assert model.logits(many).equal(expected[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            model.logits(few)
+        model.bfloat16().logits(few)
+    assert not called
