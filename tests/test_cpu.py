@@ -160,6 +160,7 @@ def test_fast_products_are_the_usual_ones_but_for_rounding(changes, monkeypatch)
     monkeypatch.setattr(torch._C._nn, "mkldnn_linear", lambda x, weight, bias: (
         called.append(tuple(weight.shape)), product(x, weight, bias))[1])
     monkeypatch.setattr(cpu, "LARGE", 46 * 97)
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: True)
     few, many = torch.arange(32).view(2, 16), torch.arange(33)[None]
     expected = [model.logits(tokens) for tokens in (few, many)]
     cpu.use_fast_products(model, torch.device("cpu"))
@@ -177,3 +178,22 @@ def test_fast_products_are_the_usual_ones_but_for_rounding(changes, monkeypatch)
             model.logits(few)
         model.bfloat16().logits(few)
     assert not called
+
+
+@pytest.mark.parametrize(("maker", "has_mkl", "slow"), [
+    ("AMD64 Family 25, AuthenticAMD", True, True), ("GenuineIntel", True, False),
+    ("AuthenticAMD", False, False)])
+def test_only_amd_leaves_mkl(maker, has_mkl, slow, monkeypatch):
+    def no_file(path, encoding):
+        raise OSError
+
+    monkeypatch.setattr(cpu.platform, "processor", lambda: maker)
+    monkeypatch.setattr(cpu.Path, "read_text", no_file)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert cpu.mkl_is_slow.__wrapped__() is slow
+    # Where it is not, a model stays as it is.
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: slow)
+    model = GPT(GPTConfig(block_size=7, vocab_size=13, n_layer=1, n_head=1, n_embd=8))
+    cpu.use_fast_products(model, torch.device("cpu"))
+    assert ("head" in vars(model)) is slow
