@@ -5,9 +5,9 @@
 
 speed: greedy tokens/s of 1, 8 and 64 samples after a prompt of one token, the seconds until the
 first token after a prompt of 100, and what reading the weights once per token would allow; in
-float32 on the CPU. lookup: plain sampling beside
---draft=lookup of a run that has read source code, after prompts from a file: the text must be the
-same. Each line that is printed is JSON. nanoGPT: python bench.py --suite=sample --compare=NANOGPT.
+float32 on the CPU. lookup: plain sampling beside --draft=lookup of a run that has read source code,
+after prompts from a file: the text must be the same. Each line that is printed is JSON. nanoGPT:
+python bench.py --suite=sample --compare=NANOGPT.
 """
 
 import argparse

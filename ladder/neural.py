@@ -80,7 +80,7 @@ def train_neural(name, model, train_tokens, val_tokens, tokenizer, c):
     # how the model is trained
     settings = {"learning_rate": SIZES[name][2]}
     if name != "masked" and tokenizer.vocab_size >= LARGE_VOCABULARY:
-        if name != "rnn":  # SGD's large steps saturate its tanh
+        if name != "rnn":  # with SGD it learns slowly, or diverges
             settings = dict(SGD)
         if c.draws:
             model.sampler = Sampler(train_tokens, tokenizer.vocab_size, c.draws)
