@@ -1,13 +1,14 @@
 """Measure sampling by turns in one process: ours, transformers' generate, and speculative decoding.
 
     python experiments/sampling.py speed --new_tokens=100 --repeats=3   # GPT-2 124M, random weights
-    python experiments/sampling.py lookup out/stdlib FILE.py --new_tokens=400
+    python experiments/sampling.py draft out/stdlib FILE.py --new_tokens=400
+    python experiments/sampling.py draft out/large FILE.txt --draft=out/small
 
-speed: greedy tokens/s of 1, 8 and 64 samples after a prompt of one token, the seconds until the
-first token after a prompt of 100, and what reading the weights once per token would allow; in
-float32 on the CPU. lookup: plain sampling beside --draft=lookup of a run that has read source code,
-after prompts from a file: the text must be the same. Each line that is printed is JSON. nanoGPT:
-python bench.py --suite=sample --compare=NANOGPT.
+speed: greedy tokens/s of 1, 8 and 64 samples after a prompt of one token, beside 1 what reading the
+weights once per token would allow, and the seconds until the first token after a prompt of 100; in
+float32 on the CPU. draft: plain sampling of a run beside speculative decoding, by lookup or with a
+smaller run, after prompts from a file: the text must be the same. Each line that is printed is
+JSON. nanoGPT: python bench.py --suite=sample --compare=NANOGPT.
 """
 
 import argparse
@@ -25,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from formats.checkpoint import find_checkpoint, load_model  # noqa: E402
 from inference.generate import generate, prepare_model  # noqa: E402
 from inference.sampling import Sampling  # noqa: E402
-from inference.speculate import Lookup, generate_with_proposals  # noqa: E402
+from inference.speculate import Draft, Lookup, generate_with_proposals  # noqa: E402
+from inference.writing import load_drafter  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from runtime.processes import setup  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
@@ -35,17 +37,18 @@ SIZES = {"124M": (12, 12, 768), "tiny": (2, 2, 64)}  # layers, heads, width
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("speed", "lookup"))
+    parser.add_argument("what", choices=("speed", "draft"))
     parser.add_argument("files", nargs="*")
     parser.add_argument("--new_tokens", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--draft", default="lookup")
     options = parser.parse_args()
     runtime = setup("cpu", "float32")
     if options.what == "speed":
         measure_speed(options, runtime)
     else:
-        measure_lookup(*options.files, options, runtime)
+        measure_draft(*options.files, options, runtime)
 
 
 def measure_speed(options, runtime):
@@ -69,12 +72,20 @@ def measure_speed(options, runtime):
         theirs.generate(prompt, attention_mask=prompt + 1, do_sample=False, max_new_tokens=count,
                         pad_token_id=0)
 
+    # The limit for one sample: each token reads all matrices but the positions' from memory.
+    def read_weights(samples, length, count):
+        for _ in range(count):
+            for name, weight in ours.named_parameters():
+                if weight.dim() == 2 and "wpe" not in name:
+                    weight.sum()
+
     sides = {"flatgpt": draw_ours, "transformers": draw_theirs}
     for draw in sides.values():  # the first call allocates
         draw(1, 1, 3)
     for samples in (1, 8, 64):
+        limit = {"reading": read_weights} if samples == 1 else {}
         times = by_turns({side: partial(draw, samples, 1, options.new_tokens)
-                          for side, draw in sides.items()}, options.repeats)
+                          for side, draw in (sides | limit).items()}, options.repeats)
         tokens = samples * options.new_tokens
         report({"samples": samples, "tokens_per_s": {
             side: [round(tokens / t, 1) for t in seconds] for side, seconds in times.items()}})
@@ -82,18 +93,12 @@ def measure_speed(options, runtime):
                      options.repeats)
     report({"prompt": 100, "seconds_to_first_token": times})
 
-    # The limit for one sample: each token reads all weights but the positions' from memory.
-    weights = sum(p.nbytes for p in ours.parameters()) - ours.transformer.wpe.weight.nbytes
-    numbers = torch.ones(2**28)
-    seconds = by_turns({"read": numbers.sum}, 5)["read"]
-    report({"weights_gb": weights / 1e9, "memory_gb_per_s": numbers.nbytes / 1e9 / min(seconds),
-            "tokens_per_s_that_this_allows": numbers.nbytes / min(seconds) / weights})
 
-
-def measure_lookup(run, path, options, runtime):
+def measure_draft(run, path, options, runtime):
     """Print, for two temperatures, the tokens per pass and the speed beside plain sampling."""
     folder = find_checkpoint(run, "best")
     model, tokenizer = prepare_model(load_model(folder), runtime), Tokenizer.load(folder)
+    drafter = load_drafter(options.draft, "best", tokenizer, runtime)
     ids = tokenizer.encode(Path(path).read_text("utf-8")).tolist()
     length = model.config.block_size // 2
     for temperature in (0.0, 0.8):
@@ -109,12 +114,15 @@ def measure_lookup(run, path, options, runtime):
                 if side == "plain":
                     steps = generate(model, [prompt], [generator], *rest[1:])
                 else:
-                    steps = generate_with_proposals(model, Lookup(), prompt, *rest, passes)
+                    source = Lookup()
+                    if options.draft != "lookup":
+                        source = Draft(drafter, sampling, runtime)
+                    steps = generate_with_proposals(model, source, prompt, *rest, passes)
                 texts[side] = list(steps)
 
-            times = by_turns({side: partial(draw, side) for side in ("plain", "lookup")}, 1)
-            assert texts["plain"] == texts["lookup"]
-            ratios.append(times["plain"][0] / times["lookup"][0])
+            times = by_turns({side: partial(draw, side) for side in ("plain", "draft")}, 1)
+            assert texts["plain"] == texts["draft"]
+            ratios.append(times["plain"][0] / times["draft"][0])
         report({"temperature": temperature, "tokens_per_pass": sum(passes) / len(passes),
                 "times_as_fast": [round(ratio, 2) for ratio in ratios],
                 "median": statistics.median(ratios)})

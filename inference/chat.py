@@ -16,7 +16,7 @@ from runtime.terminal import say
 HELP = """/new             forget everything
 /history         print what the model remembers
 /set top_k 50    change temperature, top_k, top_p, min_p, repetition_penalty or max_new_tokens
-/exit            end (or Ctrl-D)"""
+/exit            end (or Ctrl-D); Ctrl-C ends an answer"""
 
 
 def talk(writing, encode_question, limits):
@@ -42,6 +42,11 @@ def talk(writing, encode_question, limits):
             if is_terminal:
                 print()
             return
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print("\nCtrl-D ends", file=sys.stderr)
+            continue
         if text.strip() == "/exit":
             return
 
@@ -79,10 +84,12 @@ def answer(text, conversation, encode_question):
         print(f"(the context is full; questions forgotten with their answers: {forgotten})",
               file=sys.stderr, flush=True)
     stream = TextStream(conversation.tokenizer, conversation.stops)
-    for new_id in conversation.answer():
-        say(stream.add(new_id), end="")
-        if stream.has_stopped:
-            break
+    # Ctrl-C ends the answer, and what there is of it stays.
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(conversation.answer()) as ids:
+        for new_id in ids:
+            say(stream.add(new_id), end="")
+            if stream.has_stopped:
+                break
     say(stream.end())
 
 

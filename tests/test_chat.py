@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import sample
 from configurator import UserError
 from formats.checkpoint import load_model
 from inference.chat import Conversation, obey
+from inference.generate import Batch
 from inference.sampling import Sampling
 from inference.writing import Writing
 from text.chat import SPECIAL, encode_question
@@ -151,6 +153,22 @@ def test_set_holds_from_the_next_answer_on(chats, monkeypatch, capsys):
     assert free != "aaaaaaa" == greedy and short == "aa"
 
 
+def test_ctrl_c_ends_an_answer_and_not_the_program(chats, monkeypatch, capsys):
+    set_logits(chats, [99.0 * (i == 2) for i in range(LETTERS.vocab_size)])
+    step, calls = Batch.step, []
+
+    def interrupted(self):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", interrupted)
+    talk(monkeypatch, b"b\n/history\nc\n", chats)
+    assert capsys.readouterr().out.splitlines() == [
+        "aa", "<|endoftext|><|user|>b<|end|><|assistant|>aa<|end|><|assistant|>", "aaaaa"]
+
+
 @pytest.mark.parametrize(("command", "message"), [
     ("/set topk 3", "/set topk: choose temperature, top_k, top_p, min_p, repetition_penalty, max_"),
     ("/set vocab_size 3", "/set vocab_size: choose temperature"),
@@ -188,7 +206,12 @@ def test_in_a_terminal_there_is_a_prompt(tmp_path):
                "--interactive=True", "--max_new_tokens=5"]
     done = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     os.close(theirs)
-    os.write(ours, b"b\nc\n\x04")
+    os.write(ours, b"b\n")
+    answer = done.stdout.read(10)
+    done.send_signal(signal.SIGINT)  # at the prompt it ends nothing
+    while (line := done.stderr.readline()) != b"Ctrl-D ends\n":
+        assert line, "it has ended"
+    os.write(ours, b"c\n\x04")
     out, error = done.communicate(timeout=60)
     os.close(ours)
-    assert (done.returncode, out) == (0, b"> aaaaa\n> aaaaa\n> \n"), error
+    assert (done.returncode, answer + out) == (0, b"> aaaaa\n> > aaaaa\n> \n"), error

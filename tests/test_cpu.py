@@ -156,12 +156,12 @@ def test_a_model_on_a_cpu_draws_all_its_masks_by_bits(monkeypatch):
 def test_fast_products_are_the_usual_ones_but_for_rounding(changes, monkeypatch):
     model = GPT(GPTConfig(block_size=61, vocab_size=97, n_layer=2, n_head=2, n_embd=46, **changes),
                 torch.Generator().manual_seed(1)).eval()
-    called, product = [], torch._C._nn.mkldnn_linear
-    monkeypatch.setattr(torch._C._nn, "mkldnn_linear", lambda x, weight, bias: (
-        called.append(tuple(weight.shape)), product(x, weight, bias))[1])
+    called, product = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, weight, *rest: (
+        called.append(tuple(weight.shape)), product(x, weight, *rest))[1])
     monkeypatch.setattr(cpu, "LARGE", 46 * 97)
     monkeypatch.setattr(cpu, "mkl_is_slow", lambda: True)
-    few, many = torch.arange(32).view(2, 16), torch.arange(33)[None]
+    few, many = torch.arange(64).view(4, 16), torch.arange(65).view(5, 13)
     expected = [model.logits(tokens) for tokens in (few, many)]
     cpu.use_fast_products(model, torch.device("cpu"))
 

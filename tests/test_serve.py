@@ -603,3 +603,23 @@ def test_the_page_in_a_browser(runs, tmp_path):
         page.wait_for_selector("#values:has-text('2.1250')")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.errors == []
+
+
+def test_the_page_forgets_the_oldest_turns(chat_server):
+    with browser_page(f"http://127.0.0.1:{chat_server.port}/") as page:
+        page.wait_for_selector("#mode:visible")
+        page.select_option("#mode", "chat")
+        page.fill("#max_tokens", "5")
+        page.fill("#seed", "1")
+        # Each question and its answer take over 40 of the context's 101 tokens.
+        for forgotten in ("", "", "1 oldest", "2 oldest"):
+            page.fill("#prompt", "a" * 38)
+            page.press("#prompt", "Control+Enter")
+            page.wait_for_selector("#generate:enabled")
+            page.wait_for_selector(f"#status:has-text('{forgotten}')")
+            assert page.text_content("#error") == ""
+        # One that is too long alone is refused.
+        page.fill("#prompt", "a" * 101)
+        page.press("#prompt", "Control+Enter")
+        page.wait_for_selector("#error:has-text('shorten it')")
+        assert page.errors == []
