@@ -123,7 +123,7 @@ def use_fast_products(model, device):
     What limits such a product is reading the matrix, once for each new token of a text. For float32
     torch calls MKL, which on an AMD EPYC reads at half of what the memory gives; on an Intel Xeon
     it is at the limit, and stays.
-    Worth: GPT-2 124M samples 1.3 times as fast, 8 samples 1.4 times (experiments/sampling.md).
+    Worth: GPT-2 124M samples 1.3 times as fast, 8 samples 1.5 times (experiments/sampling.md).
     """
     if device.type != "cpu" or not mkl_is_slow():
         return
