@@ -24,11 +24,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from configurator import UserError, check_settings, keyword_defaults, run
+
+# Those come before torch: they set how long its threads spin (runtime/__init__.py).
+# isort: split
 import numpy as np
 import torch
 
 import train
-from configurator import UserError, check_settings, keyword_defaults, run
 from documents.corpus import Files
 from evaluation.speed import time_questions
 from formats.dataset import read_dataset_meta

@@ -17,9 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from configurator import UserError, check_settings, run
+
+# Those come before torch: they set how long its threads spin (runtime/__init__.py).
+# isort: split
 import torch
 
-from configurator import UserError, check_settings, run
 from evaluation.loss import split_loss, text_loss
 from evaluation.report import draw, read_published, table, write_json
 from evaluation.scoring import Scorer

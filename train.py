@@ -16,11 +16,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import configurator
+from configurator import check_settings
+
+# Those come before torch: they set how long its threads spin (runtime/__init__.py).
+# isort: split
 import numpy as np
 import torch
 
-import configurator
-from configurator import check_settings
 from evaluation.suite import load_suite
 from evaluation.validation import task_scores, validate
 from formats.checkpoint import CheckpointWriter, open_newest

@@ -23,6 +23,7 @@ block_size = 256
 n_layer = 6
 n_head = 6
 n_embd = 384
+mlp = "gelu_exact"  # nanoGPT's GELU, which CPUs compute faster than GPT-2's approximation of it
 dropout = 0.2
 
 learning_rate = 1e-3

@@ -1,6 +1,7 @@
 """Who may import what: commands stand on folders, folders stand on runtime/, no circles."""
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -104,6 +105,25 @@ def test_only_runtime_names_cuda_the_environment_and_torch_distributed(name):
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in ONLY_IN_RUNTIME:
             found.add(f"line {node.lineno}: {ast.unparse(node)}")
     assert not found, f"{name}: {sorted(found)}"
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "sample", "serve", "climb", "bench"])
+def test_how_threads_wait_is_set_before_torch_is_imported(name):
+    code = f"""
+import os, sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Finder())
+import {name}
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    for set_by_user, expected in (({}, "1000\n"), ({"GOMP_SPINCOUNT": "7"}, "7\n")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              text=True, env={**environment, **set_by_user})
+        assert done.stdout == expected, done.stderr
 
 
 def test_importing_prints_nothing_and_writes_nothing(tmp_path):
