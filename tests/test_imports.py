@@ -111,6 +111,7 @@ def test_only_runtime_names_cuda_the_environment_and_torch_distributed(name):
 def test_how_threads_wait_is_set_before_torch_is_imported(name):
     code = f"""
 import os, sys
+os.cpu_count = lambda: int(sys.argv[1])
 class Finder:
     def find_spec(self, name, path, target=None):
         if name == "torch":
@@ -120,9 +121,10 @@ sys.meta_path.insert(0, Finder())
 import {name}
 """
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
-    for set_by_user, expected in (({}, "1000\n"), ({"GOMP_SPINCOUNT": "7"}, "7\n")):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
-                              text=True, env={**environment, **set_by_user})
+    for cores, users, expected in (("8", {}, "1000\n"), ("9", {}, "None\n"),
+                                   ("2", {"GOMP_SPINCOUNT": "7"}, "7\n")):
+        done = subprocess.run([sys.executable, "-c", code, cores], cwd=ROOT, capture_output=True,
+                              text=True, env={**environment, **users})
         assert done.stdout == expected, done.stderr
 
 
