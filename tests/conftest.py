@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores
 if hasattr(signal, "SIGHUP"):  # which nohup lets processes ignore; the tests send it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets background jobs ignore
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 CACHE = ROOT.parent / "shared/data/tiktoken_cache"
 if CACHE.is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(CACHE))
