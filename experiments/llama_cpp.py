@@ -25,9 +25,10 @@ from text.tokenizer import Tokenizer  # noqa: E402
 WEB = Path(__file__).parent.parent.parent / "shared/data/web/c4_300.jsonl.gz"
 # Parts of texts that tokenizers are known to cut in different ways.
 PARTS = [*" \n\t\r\x0b\x1c\x85\xa0\u2003\u3000\u200b\u180e\ufeff\u0301'’_-", "'s", "'ll", "'LL",
-         "I", "the", "é", "ß", "1", "234", "٣", "½", "Ⅷ", "中", "文字", "한", "ाी", "ก็",
-         "𝔘", "😀", "🇩🇪", "👩\u200d👩\u200d👧", "...", "def ", "    ", "\n\n",
-         "http://x.y/z?q=1", "\x00", "\x7f", "<|endoftext|>", "<|user|>", "<|"]
+         "I", "the", "é", "ß", "1", "234", "٣", "½", "Ⅷ", "中", "文字", "한",
+         "ाी", "ก็", "𝔘", "😀", "🇩🇪", "👩\u200d👩\u200d👧",
+         "...", "def ", "    ", "\n\n", "http://x.y/z?q=1", "\x00", "\x7f", "<|endoftext|>",
+         "<|user|>", "<|"]
 PROMPTS = ["ROMEO:\n", "The ", "I'll", "é", "\n\n", "First Citizen:\nBefore we proceed"]
 
 

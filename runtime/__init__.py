@@ -2,11 +2,11 @@
 
 import os
 
-# A thread that waits for the next operation keeps a core busy by counting before it sleeps: to
-# 300,000 as libgomp comes, which reads this when torch is imported. That is right on a quiet
-# machine; where anything else runs, the threads take the cores from those that work. Two trainings
-# on two cores slow each other four times or fifty; with 1,000 twice, and one alone loses 3%
-# (experiments/speed.md). To wake many threads costs more, so machines with more cores than a
-# laptop's keep it. A value that the user has set stays.
+# A thread that waits for the next operation keeps its core busy: it counts, and then it sleeps.
+# libgomp lets it count to 300,000, and reads this setting when torch is imported. On a quiet
+# machine that is right; on a busy one the waiting threads take the cores from those that work. Of
+# two trainings on two cores each takes 4 to 50 times as long as alone; with 1,000 it is twice, and
+# one training alone takes 3% longer (experiments/speed.md). This was measured on two cores, so
+# large machines keep libgomp's value, and so does a user who has set one.
 if os.cpu_count() <= 8:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -156,7 +156,7 @@ def apply_head(model, x):
 
 
 def with_softcap(model, logits):
-    """What GPT.head does to the products."""
+    """Return the logits (..., V) of the head's products, as GPT.head does."""
     softcap = model.config.softcap
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
